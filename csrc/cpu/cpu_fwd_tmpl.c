@@ -1,0 +1,353 @@
+/* Forward, queries in the lanes (prefill and training). Compiled once for each instruction set.
+ *
+ * One task is a chunk of panels of one (batch, kv head), and a part of its keys. Keys are outermost, so that each block
+ * of K and V is read, and where necessary converted, once for all panels of the chunk:
+ *
+ *   for each block of BN keys                 K, V block: cache; each panel: Q^T, O, max, sum in scratch
+ *       for each panel
+ *           S[key][row]  = scale * K Q^T      row in the lanes: K is broadcast as it lies in memory
+ *           softcap, bias, ALiBi, band        where the call or the block needs them
+ *           P = 2^(S - max); rescale, sum     no horizontal step: a row is a lane
+ *           O[row][dv]   = rescale * O + P^T V
+ *
+ * Online softmax after Milakov and Gimelshein (2018), tiling after Dao et al. (2022). Whole blocks beyond the diagonal,
+ * the window or the lengths are never touched; only blocks on an edge compare positions.
+ */
+#include "cpu_finish.h"
+#include "cpu_gemm.h"
+#include "cpu_ops.h"
+#include "cpu_tile.h"
+
+typedef struct panel {
+    fa_lanes *lanes;
+    float *q_t;        /* [units][BM] */
+    float *out;        /* [BM][dv_pad] */
+    float *max, *sum;  /* [BM] */
+    fa_range keys;
+} panel;
+
+typedef struct key_block {
+    int64_t k0;
+    int nk;
+    const char *k;     /* operand A of S: rows of k_bytes */
+    int64_t k_bytes;
+    const char *v;     /* operand B of O: fp32 [nk][dv_pad], or pairs [nk / 2][dv_pad] */
+    int64_t v_bytes;
+    int nonfinite;     /* rows of V with NaN or infinity, 0 in the operand; -1: not looked for yet */
+    uint8_t marks[BN];
+} key_block;
+
+typedef struct fwd {
+    const fa_args *a;
+    fa_score_ops ops;
+    fa_span span;
+    fa_fwd_scratch at;
+    char *scratch;
+    int64_t b, hk;
+    int64_t units, dv_pad;
+    size_t size; /* of an element */
+} fwd;
+
+FA_INLINE panel panel_at(const fwd *f, int64_t i)
+{
+    char *p = f->scratch + f->at.panel + (size_t)i * f->at.panel_bytes;
+    return (panel){
+        .lanes = (fa_lanes *)(void *)(p + f->at.info),
+        .q_t = (float *)(void *)(p + f->at.q_t),
+        .out = (float *)(void *)(p + f->at.out),
+        .max = (float *)(void *)(p + f->at.max),
+        .sum = (float *)(void *)(p + f->at.sum),
+    };
+}
+
+FA_INLINE panel panel_begin(const fwd *f, const fa_panels *panels, int64_t slot, int64_t index, fa_range part,
+                            fa_dtype dtype, bool pairs)
+{
+    panel p = panel_at(f, slot);
+    lanes_init(p.lanes, f->a, panels, &f->span, f->b, f->hk, index);
+    p.keys = (fa_range){0, 0};
+    for (int i = 0; i < BM; i++)
+        p.max[i] = -INFINITY, p.sum[i] = 0;
+    memset(p.out, 0, (size_t)(BM * f->dv_pad) * 4);
+    if (p.lanes->any) {
+        p.keys = fa_keys_of_queries(&f->span, p.lanes->first, p.lanes->last);
+        p.keys.lo = fa_max64(p.keys.lo, part.lo) & ~(int64_t)3; /* dropout draws for four keys at a time */
+        p.keys.hi = fa_min64(p.keys.hi, part.hi);
+    }
+    if (p.keys.lo < p.keys.hi)
+        pack_transposed(p.q_t, p.lanes, &f->span, &f->a->q, f->b, dtype, pairs);
+    return p;
+}
+
+/* V as operand B. The tensor itself serves when its rows are whole vectors of fp32 and none must be left out. */
+FA_INLINE void load_values(const fwd *f, key_block *kb, fa_dtype dtype, bool pairs, const uint8_t *skip)
+{
+    const fa_tensor *v = &f->a->v;
+    const char *rows = row_of(v, f->b, f->hk, kb->k0, f->size);
+    int64_t row_bytes = v->stride[2] * (int64_t)f->size;
+    kb->v_bytes = f->dv_pad * 4;
+    if (dtype == FA_F32 && v->stride[3] == 1 && v->size[3] % VL == 0 && !skip) {
+        kb->v = rows;
+        kb->v_bytes = row_bytes;
+        return;
+    }
+    float *dst = (float *)(void *)(f->scratch + f->at.v);
+    kb->v = (const char *)dst;
+#ifdef FA_ISA_AVX512BF16
+    if (pairs) {
+        pack_pairs(dst, f->dv_pad, rows, row_bytes, kb->nk, v->size[3], v->stride[3], skip);
+        return;
+    }
+#endif
+    (void)pairs;
+    pack_rows(dst, f->dv_pad, rows, row_bytes, kb->nk, v->size[3], v->stride[3], dtype, skip);
+}
+
+FA_INLINE void load_keys(const fwd *f, key_block *kb, fa_dtype dtype, bool pairs)
+{
+    const fa_tensor *k = &f->a->k;
+    const char *rows = row_of(k, f->b, f->hk, kb->k0, f->size);
+    int64_t row_bytes = k->stride[2] * (int64_t)f->size, d = k->size[3];
+    bool direct = k->stride[3] == 1 && (dtype == FA_F32 || (pairs && d % 2 == 0));
+    if (direct) {
+        kb->k = rows;
+        kb->k_bytes = row_bytes;
+        return;
+    }
+    float *dst = (float *)(void *)(f->scratch + f->at.k);
+    int64_t width = fa_padded(f->units, VL);
+    kb->k = (const char *)dst;
+    kb->k_bytes = width * 4;
+#ifdef FA_ISA_AVX512BF16
+    if (pairs) {
+        pack_u16(dst, width, rows, row_bytes, kb->nk, d, k->stride[3]);
+        return;
+    }
+#endif
+    pack_rows(dst, width, rows, row_bytes, kb->nk, d, k->stride[3], dtype, NULL);
+}
+
+/* Maximum, weights, sum for nv vectors of lanes; the running values of max and sum are updated. */
+FA_INLINE void softmax_strip(float *s, int nk, int nv, float *max, float *sum, float *rescale, int degree)
+{
+    vf top[NV_MAX], acc[NV_MAX], none = v_set1(-INFINITY);
+    for (int v = 0; v < nv; v++)
+        top[v] = v_load(max + v * VL);
+    for (int k = 0; k < nk; k++)
+        for (int v = 0; v < nv; v++)
+            top[v] = v_max(v_load(s + k * BM + v * VL), top[v]); /* NaN is left to the weights */
+    for (int v = 0; v < nv; v++) {
+        vf old = v_load(max + v * VL);
+        v_store(max + v * VL, top[v]);
+        top[v] = v_select(v_eq(top[v], none), v_zero(), top[v]); /* -inf - (-inf) would be NaN */
+        vf r = v_exp2(v_sub(old, top[v]), 5);
+        v_store(rescale + v * VL, r);
+        acc[v] = v_zero();
+    }
+    for (int k = 0; k < nk; k++)
+        for (int v = 0; v < nv; v++) {
+            float *x = s + k * BM + v * VL;
+            vf w = v_exp2(v_sub(v_load(x), top[v]), degree);
+            acc[v] = v_add(acc[v], w);
+            v_store(x, w);
+        }
+    for (int v = 0; v < nv; v++)
+        v_store(sum + v * VL, v_fma(v_load(sum + v * VL), v_load(rescale + v * VL), acc[v]));
+}
+
+FA_INLINE void softmax(float *s, int nk, const panel *p, float *rescale, int degree)
+{
+    for (int v = 0; v < p->lanes->nv; v += NV_MAX) {
+        int left = p->lanes->nv - v, at = v * VL;
+        if (left >= NV_MAX)
+            softmax_strip(s + at, nk, NV_MAX, p->max + at, p->sum + at, rescale + at, degree);
+        else
+            softmax_strip(s + at, nk, left, p->max + at, p->sum + at, rescale + at, degree);
+    }
+}
+
+#ifdef FA_ISA_AVX512BF16
+/* dst[key / 2][BM] <- weights of keys 2r and 2r + 1, rounded to bf16, side by side */
+static void pair_weights(float *dst, const float *w, int nk, int nv)
+{
+    for (int k = 0; k < nk; k += 2)
+        for (int v = 0; v < nv; v++) {
+            vf hi = k + 1 < nk ? v_load(w + (k + 1) * BM + v * VL) : v_zero();
+            v_store(dst + k / 2 * BM + v * VL, v_pair_bf16(v_load(w + k * BM + v * VL), hi));
+        }
+}
+#endif
+
+/* The rows of V left out of the product for their NaN or infinity, for the queries that give them a weight. */
+static __attribute__((noinline)) void add_nonfinite(const fwd *f, const panel *p, const key_block *kb, const float *w,
+                                                    int first, int nk)
+{
+    const fa_tensor *v = &f->a->v;
+    for (int k = 0; k < nk; k++) {
+        if (!kb->marks[first + k])
+            continue;
+        const char *row = row_of(v, f->b, f->hk, kb->k0 + first + k, f->size);
+        for (int i = 0; i < p->lanes->n; i++) {
+            float weight = w[k * BM + i];
+            for (int64_t d = 0; weight != 0 && d < v->size[3]; d++)
+                p->out[i * f->dv_pad + d] += weight * (float)fa_load(row, v->dtype, d * v->stride[3]);
+        }
+    }
+}
+
+/* Scores of the keys first .. first+nk-1 of the block. Returns false if no row of the panel sees any of them. */
+FA_INLINE bool block_scores(const fwd *f, const panel *p, const key_block *kb, int first, int nk, bool edge, float *s,
+                            bool pairs)
+{
+    const fa_args *a = f->a;
+    float *bias = (float *)(void *)(f->scratch + f->at.bias);
+    mask_effect effect = MASK_NO_CHANGE;
+    if (f->ops.mask)
+        effect = stage_mask(bias, a, p->lanes, f->b, kb->k0 + first, nk);
+    if (effect == MASK_NOTHING_SEEN)
+        return false;
+    fa_gemm g = {.m = nk, .nv = p->lanes->nv, .k = f->units,
+                 .a = kb->k + first * kb->k_bytes, .am = kb->k_bytes, .ak = 4,
+                 .b = p->q_t, .bk = BM * 4, .c = s, .cm = BM};
+#ifdef FA_ISA_AVX512BF16
+    if (pairs)
+        FA_LOCAL(gemm_store_bf16)(&g, f->ops.scale, NULL);
+    else
+#endif
+        FA_LOCAL(gemm_store_f32)(&g, f->ops.scale, NULL);
+    (void)pairs;
+    if (f->ops.softcap)
+        apply_softcap(s, nk, p->lanes->nv, a->softcap);
+    if (effect == MASK_MIXED)
+        apply_bias(s, bias, nk, p->lanes->nv);
+    if (f->ops.alibi)
+        apply_alibi(s, p->lanes, kb->k0 + first, nk);
+    if (edge)
+        apply_band(s, p->lanes, &f->span, kb->k0 + first, nk);
+    return true;
+}
+
+FA_INLINE void block_step(const fwd *f, const panel *p, key_block *kb, fa_dtype dtype, bool pairs)
+{
+    int64_t lo = fa_max64(kb->k0, p->keys.lo), hi = fa_min64(kb->k0 + kb->nk, p->keys.hi);
+    if (lo >= hi)
+        return;
+    if (pairs) /* the second key of the last pair takes part with weight 0: let the band hide it like any other */
+        hi = fa_min64(fa_round_up(hi, 2), kb->k0 + kb->nk);
+    int first = (int)(lo - kb->k0), nk = (int)(hi - lo);
+    bool edge = !fa_all_visible(&f->span, p->lanes->first, p->lanes->last, lo, hi - 1);
+    float *s = (float *)(void *)(f->scratch + f->at.scores);
+    float *rescale = (float *)(void *)(f->scratch + f->at.rescale);
+    if (!block_scores(f, p, kb, first, nk, edge, s, pairs))
+        return;
+    if ((edge || f->ops.mask) && kb->nonfinite < 0) {
+        const fa_tensor *v = &f->a->v;
+        kb->nonfinite = find_nonfinite(kb->marks, row_of(v, f->b, f->hk, kb->k0, f->size),
+                                       v->stride[2] * (int64_t)f->size, kb->nk, v->size[3], v->stride[3], dtype);
+        if (kb->nonfinite)
+            load_values(f, kb, dtype, pairs, kb->marks);
+    }
+    softmax(s, nk, p, rescale, dtype == FA_BF16 ? 3 : 5);
+    if (f->ops.dropout)
+        apply_dropout(s, p->lanes, f->a->dropout_seed, f->a->dropout_p, lo, nk);
+    fa_gemm g = {.m = p->lanes->n, .nv = (int)(f->dv_pad / VL), .k = nk,
+                 .a = s, .am = 4, .ak = BM * 4,
+                 .b = kb->v + first * kb->v_bytes, .bk = kb->v_bytes, .c = p->out, .cm = f->dv_pad};
+#ifdef FA_ISA_AVX512BF16
+    if (pairs) {
+        float *w = (float *)(void *)(f->scratch + f->at.pairs);
+        pair_weights(w, s, nk, p->lanes->nv);
+        g.k = (nk + 1) / 2;
+        g.a = w;
+        g.b = kb->v + first / 2 * kb->v_bytes;
+        FA_LOCAL(gemm_add_bf16)(&g, 0, rescale);
+    } else
+#endif
+        FA_LOCAL(gemm_add_f32)(&g, 0, rescale);
+    if (kb->nonfinite > 0)
+        add_nonfinite(f, p, kb, s, first, nk);
+}
+
+/* normalises and writes the rows, or hands (max, sum, O) of this part of the keys to the merge */
+FA_INLINE void panel_end(const fwd *f, const panel *p, float *partial, fa_dtype dtype)
+{
+    const fa_args *a = f->a;
+    int64_t dv = a->v.size[3];
+    for (int i = 0; i < p->lanes->n; i++) {
+        int64_t h = p->lanes->head[i], q = p->lanes->query[i];
+        const float *o = p->out + i * f->dv_pad;
+        if (partial) {
+            float *to = partial + (p->lanes->bh[i] * a->q.size[2] + q) * fa_partial_floats(dv);
+            to[0] = p->max[i];
+            to[1] = p->sum[i];
+            memcpy(to + 2, o, (size_t)dv * 4);
+            continue;
+        }
+        bool valid = lane_valid(p->lanes, &f->span, i);
+        fa_row_end end = {0, -INFINITY};
+        if (valid)
+            end = fa_finish_row(a, f->b, h, p->max[i], p->sum[i]);
+        bool zero = !valid || a->dropout_p >= 1;
+        fa_store_lse(a, f->b, h, q, end.lse);
+        char *row = (char *)(uintptr_t)row_of(&a->out, f->b, h, q, f->size);
+        for (int64_t d = 0; d < dv; d += VL)
+            store_f32(row, d, part(d, dv), a->out.stride[3], dtype,
+                      zero ? v_zero() : v_mul(v_load(o + d), v_set1(end.scale)));
+    }
+}
+
+FA_INLINE void fwd_task(const fa_args *a, const fa_plan *plan, int64_t task, char *scratch, char *shared,
+                        fa_dtype dtype, bool pairs)
+{
+    fa_target target = {.lanes = VL, .panel_rows = BM, .key_block = BN, .pair_units = pairs};
+    int64_t d = a->q.size[3], hk = a->k.size[1], sequences = a->q.size[0] * hk;
+    int64_t chunks = fa_ceil_div(plan->panels, plan->chunk_panels);
+    int64_t split = task % plan->splits, rest = task / plan->splits;
+    int64_t chunk = chunks - 1 - rest / sequences; /* under a causal mask the last rows are the longest: start there */
+    fwd f = {.a = a, .ops = score_ops_of(a), .at = fa_fwd_scratch_of(a, &target, plan->chunk_panels),
+             .scratch = scratch, .b = rest % sequences / hk, .hk = rest % sequences % hk,
+             .units = pairs ? (d + 1) / 2 : d, .dv_pad = fa_padded(a->v.size[3], VL), .size = dtype == FA_F32 ? 4 : 2};
+    f.span = fa_span_at(a, f.b);
+    fa_panels panels = fa_panels_of(a, BM);
+    int64_t first = chunk * plan->chunk_panels, count = fa_min64(plan->chunk_panels, plan->panels - first);
+    fa_range keys_part = {split * plan->split_keys, fa_min64((split + 1) * plan->split_keys, a->k.size[2])};
+    fa_range keys = {INT64_MAX, 0};
+    panel p[16];
+    for (int64_t i = 0; i < count; i++) {
+        p[i] = panel_begin(&f, &panels, i, first + i, keys_part, dtype, pairs);
+        if (p[i].keys.lo < p[i].keys.hi) {
+            keys.lo = fa_min64(keys.lo, p[i].keys.lo);
+            keys.hi = fa_max64(keys.hi, p[i].keys.hi);
+        }
+    }
+    for (int64_t k0 = keys.lo; k0 < keys.hi;) {
+        int64_t next = fa_min64((k0 / BN + 1) * BN, keys.hi); /* blocks lie on multiples of BN for every chunk */
+        key_block kb = {.k0 = k0, .nk = (int)(next - k0), .nonfinite = -1};
+        load_keys(&f, &kb, dtype, pairs);
+        load_values(&f, &kb, dtype, pairs, NULL);
+        for (int64_t i = 0; i < count; i++)
+            block_step(&f, &p[i], &kb, dtype, pairs);
+        k0 = next;
+    }
+    int64_t rows = a->q.size[0] * a->q.size[1] * a->q.size[2];
+    float *partial = plan->splits > 1 ? (float *)(void *)shared + split * rows * fa_partial_floats(a->v.size[3]) : NULL;
+    for (int64_t i = 0; i < count; i++)
+        panel_end(&f, &p[i], partial, dtype);
+}
+
+#ifdef FA_ISA_AVX512BF16
+#define BF16_PAIRS true
+#else
+#define BF16_PAIRS false
+#endif
+
+#define FWD(name, dtype, pairs)                                                                                        \
+    void FA_KERNEL(fwd, name)(const fa_args *a, const fa_plan *p, int64_t task, char *scratch, char *shared);          \
+    void FA_KERNEL(fwd, name)(const fa_args *a, const fa_plan *p, int64_t task, char *scratch, char *shared)           \
+    {                                                                                                                  \
+        fwd_task(a, p, task, scratch, shared, dtype, pairs);                                                           \
+    }
+
+FWD(f32, FA_F32, false)
+FWD(bf16, FA_BF16, BF16_PAIRS)
+FWD(f16, FA_F16, false)

@@ -1,0 +1,47 @@
+/* This instruction set's entries of the table of kernels. Compiled once for each. */
+#include "cpu_ops.h"
+#include "cpu_tile.h"
+
+_Static_assert(sizeof(fa_lanes) <= FA_LANES_BYTES, "the planner reserves FA_LANES_BYTES for a panel's lanes");
+
+#define DECLARE(op)                                                                                                    \
+    extern fa_task_fn FA_KERNEL(op, f32), FA_KERNEL(op, bf16), FA_KERNEL(op, f16);
+#define DECLARE_ROWS(op)                                                                                               \
+    extern fa_rows_fn FA_KERNEL(op, f32), FA_KERNEL(op, bf16), FA_KERNEL(op, f16);
+DECLARE(fwd)
+DECLARE(decode)
+DECLARE(bwd)
+DECLARE(dmask)
+DECLARE_ROWS(bwd_pre)
+DECLARE_ROWS(bwd_post)
+
+#define ENTRY(op, dtype) {FA_KERNEL_NAME(op, dtype), FA_KERNEL(op, dtype)}
+#define FILL(op)                                                                                                       \
+    do {                                                                                                               \
+        ops->op[FA_F32] = (fa_cpu_kernel)ENTRY(op, f32);                                                               \
+        ops->op[FA_BF16] = (fa_cpu_kernel)ENTRY(op, bf16);                                                             \
+        ops->op[FA_F16] = (fa_cpu_kernel)ENTRY(op, f16);                                                               \
+    } while (0)
+#define FILL_ROWS(op)                                                                                                  \
+    do {                                                                                                               \
+        ops->op[FA_F32] = FA_KERNEL(op, f32);                                                                          \
+        ops->op[FA_BF16] = FA_KERNEL(op, bf16);                                                                        \
+        ops->op[FA_F16] = FA_KERNEL(op, f16);                                                                          \
+    } while (0)
+
+#define FA_OPS_INIT FA_LOCAL(cpu_ops)
+void FA_OPS_INIT(fa_cpu_ops *ops)
+{
+    FILL(fwd);
+    FILL(decode);
+    FILL(bwd);
+    FILL(dmask);
+    FILL_ROWS(bwd_pre);
+    FILL_ROWS(bwd_post);
+    ops->panel_rows = BM;
+    ops->lanes = VL;
+    ops->target = FA_STR(FA_ISA);
+#ifdef FA_ISA_AVX512BF16
+    ops->pair_units[FA_BF16] = true;
+#endif
+}

@@ -1,0 +1,58 @@
+/* The table of CPU kernels, filled from the reference upwards, and its listing. */
+#include "cpu_ops.h"
+
+void fa_cpu_ops_init(fa_cpu_ops *ops, unsigned flags)
+{
+    *ops = (fa_cpu_ops){0};
+    fa_cpu_ops_scalar(ops);
+#ifdef FA_HAVE_X86
+    if (flags & FA_CPU_AVX2)
+        fa_cpu_ops_avx2(ops);
+    if (flags & FA_CPU_AVX512)
+        fa_cpu_ops_avx512(ops);
+    if (flags & FA_CPU_AVX512BF16)
+        fa_cpu_ops_avx512bf16(ops);
+#endif
+    (void)flags;
+}
+
+static int list_op(const fa_cpu_kernel kernels[4], const char *op, const char *target, bool usable,
+                   fa_kernel_info *list, int n, int count)
+{
+    for (int t = 0; t < 4; t++) {
+        if (!kernels[t].run)
+            continue;
+        if (count < n)
+            list[count] = (fa_kernel_info){
+                .name = kernels[t].name, .op = op, .target = target, .dtype = (fa_dtype)t, .usable = usable};
+        count++;
+    }
+    return count;
+}
+
+int fa_kernels(fa_kernel_info *list, int n)
+{
+    static const struct {
+        void (*init)(fa_cpu_ops *);
+        unsigned needs;
+    } targets[] = {
+        {fa_cpu_ops_scalar, 0},
+#ifdef FA_HAVE_X86
+        {fa_cpu_ops_avx2, FA_CPU_AVX2},
+        {fa_cpu_ops_avx512, FA_CPU_AVX512},
+        {fa_cpu_ops_avx512bf16, FA_CPU_AVX512BF16},
+#endif
+    };
+    unsigned enabled = fa_cpu_enabled();
+    int count = 0;
+    for (size_t i = 0; i < sizeof targets / sizeof targets[0]; i++) {
+        fa_cpu_ops ops = {0};
+        targets[i].init(&ops);
+        bool usable = (enabled & targets[i].needs) == targets[i].needs;
+        count = list_op(ops.fwd, "fwd", ops.target, usable, list, n, count);
+        count = list_op(ops.decode, "decode", ops.target, usable, list, n, count);
+        count = list_op(ops.bwd, "bwd", ops.target, usable, list, n, count);
+        count = list_op(ops.dmask, "dmask", ops.target, usable, list, n, count);
+    }
+    return count;
+}

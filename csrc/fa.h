@@ -1,0 +1,190 @@
+/* flashattn_ext: fused attention, the C API.
+ *
+ *   O = dropout(softmax(softcap(scale * Q K^T) + mask + alibi)) V
+ *
+ * One call computes one operator for a batch of heads without storing the S x S scores (Dao et al., "FlashAttention",
+ * 2022; Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+ *
+ * Conventions
+ *   - Letters: B batch, HQ query heads, HK key/value heads (HK divides HQ; query head h reads head h / (HQ / HK)),
+ *     SQ queries, SK keys, D head dimension of Q and K, DV of V and O. D and DV are 1..512.
+ *   - Every tensor is a 4-D view with strides in elements; any stride is allowed, also 0 (broadcast) on inputs.
+ *   - Logarithms are natural and the log-sum-exp is in nats.
+ *   - A call is: fa_validate -> fa_plan_* -> caller provides plan.workspace bytes -> fa_run_*. Nothing here allocates,
+ *     keeps state between calls, prints, or exits; every function may be called from any thread.
+ */
+#ifndef FA_H
+#define FA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FA_MAX_HEAD_DIM 512
+#define FA_MAX_SEQ ((int64_t)1 << 30) /* lanes count queries and keys in int32 */
+
+/* ---- status ---------------------------------------------------------------------------------------------------- */
+
+typedef enum fa_status {
+    FA_OK = 0,
+    FA_ERR_SHAPE,       /* sizes, strides, dtypes or devices that do not fit together */
+    FA_ERR_VALUE,       /* a scalar out of its range */
+    FA_ERR_UNSUPPORTED, /* valid, but no kernel on this machine can do it */
+    FA_ERR_WORKSPACE,   /* the workspace handed in is missing or smaller than the plan says */
+} fa_status;
+
+/* The text of a refusal: names the value seen and the values allowed. */
+typedef struct fa_error {
+    char text[400];
+} fa_error;
+
+const char *fa_status_name(fa_status s);
+
+/* ---- tensors --------------------------------------------------------------------------------------------------- */
+
+typedef enum fa_dtype {
+    FA_F32 = 0,
+    FA_BF16,
+    FA_F16,
+    FA_F64,
+    FA_BOOL, /* one byte, 0 or 1 */
+    FA_I32,
+    FA_I64,
+} fa_dtype;
+
+const char *fa_dtype_name(fa_dtype t);
+size_t fa_dtype_size(fa_dtype t);
+
+typedef struct fa_tensor {
+    void *data;        /* NULL: the tensor is absent */
+    int64_t size[4];
+    int64_t stride[4]; /* in elements */
+    fa_dtype dtype;
+} fa_tensor;
+
+/* ---- arguments -------------------------------------------------------------------------------------------------- */
+
+typedef struct fa_args {
+    /* inputs of both directions */
+    fa_tensor q;          /* (B, HQ, SQ, D)   f32, bf16, f16 or f64; k and v have the same dtype */
+    fa_tensor k;          /* (B, HK, SK, D) */
+    fa_tensor v;          /* (B, HK, SK, DV) */
+    fa_tensor mask;       /* each size full or 1 against (B, HQ, SQ, SK); bool (true = attend), f32 or q's dtype (added,
+                             in nats); may be absent */
+    fa_tensor sinks;      /* (B or 1, HQ, 1, 1) f32 or q's dtype: a logit that joins the denominator only; may be absent */
+    fa_tensor alibi;      /* (B or 1, HQ, 1, 1) f32 or q's dtype: adds -slope * |i + offset - j|; may be absent */
+    fa_tensor q_seqlens;  /* (B, 1, 1, 1) i32 or i64: rows at and past it give 0 and no gradient; may be absent */
+    fa_tensor kv_seqlens; /* (B, 1, 1, 1) i32 or i64: keys at and past it are never read; may be absent */
+    double scale;         /* multiplies Q K^T; any finite value */
+    double softcap;       /* s -> softcap * tanh(s / softcap) right after the scale; 0 = off */
+    int64_t window_left;  /* query i sees keys j with i + offset - left <= j <= i + offset + right; -1 = unbounded. */
+    int64_t window_right; /* Causal is right = 0. */
+    bool bottom_right;    /* offset: false = 0 (top-left), true = kv_len - q_len of the sequence */
+    double dropout_p;     /* in [0, 1]; see common/fa_philox.h for which weights it drops */
+    uint64_t dropout_seed;
+
+    /* results of forward, inputs of backward */
+    fa_tensor out; /* (B, HQ, SQ, DV) q's dtype */
+    fa_tensor lse; /* (B, HQ, SQ, 1) f32 (f64 when q is f64); -inf for a row that sees nothing */
+
+    /* backward only */
+    fa_tensor dout;   /* (B, HQ, SQ, DV) q's dtype */
+    fa_tensor dlse;   /* (B, HQ, SQ, 1) dtype of lse; may be absent */
+    fa_tensor dq;     /* shape of q; absent = not wanted, likewise each of the others */
+    fa_tensor dk;     /* shape of k */
+    fa_tensor dv;     /* shape of v */
+    fa_tensor dmask;  /* shape and dtype of mask (sizes of 1 are summed over); f32 or q's dtype */
+    fa_tensor dsinks; /* shape of sinks, f32 (f64 when q is f64) */
+} fa_args;
+
+/* Full check of the arguments of one direction, before any work. Reads only the lengths (q_seqlens, kv_seqlens),
+ * which must be host memory. On refusal err->text says which value was seen and which are allowed. */
+fa_status fa_validate_forward(const fa_args *a, fa_error *err);
+fa_status fa_validate_backward(const fa_args *a, fa_error *err);
+
+/* ---- plan: a pure function of the arguments' integers ------------------------------------------------------------ */
+
+typedef enum fa_kernel_kind {
+    FA_KERNEL_SCALAR = 0, /* the reference in plain C; f64 always runs here */
+    FA_KERNEL_PANEL,      /* queries in the lanes: prefill and training */
+    FA_KERNEL_ROWS,       /* few query rows against many keys: streams K and V once */
+} fa_kernel_kind;
+
+typedef struct fa_plan {
+    const char *kernel;      /* name of the kernel, e.g. "fa_fwd_avx512_f32" */
+    fa_kernel_kind kind;
+    int64_t block_rows;      /* BM: query rows of a panel */
+    int64_t block_keys;      /* BN */
+    int64_t panels;          /* panels of one (batch, kv head) */
+    int64_t chunk_panels;    /* panels that share one pass over K and V */
+    int64_t splits;          /* parts the keys are cut into; never depends on the number of threads */
+    int64_t split_keys;      /* keys of one part, a multiple of block_keys */
+    int64_t tasks;           /* units of parallel work */
+    int threads;             /* workers to start: at most the number asked for */
+    size_t thread_bytes;     /* scratch of one worker */
+    size_t shared_bytes;     /* partial results of split keys; fp32 dQ of backward */
+    size_t workspace;        /* bytes to hand to fa_run_*: shared_bytes + threads * thread_bytes, plus alignment */
+    double flops;            /* multiply-adds count 2; masked-out blocks do not count */
+    double bytes;            /* each input read once and each output written once */
+    char why[160];           /* one sentence: why this kernel and these splits */
+} fa_plan;
+
+/* The arguments must have passed fa_validate_*. num_threads >= 1 is how many workers the caller can start. */
+void fa_plan_forward(const fa_args *a, int num_threads, fa_plan *plan);
+void fa_plan_backward(const fa_args *a, int num_threads, fa_plan *plan);
+/* Writes a report of several lines, at most n bytes with the final 0; returns the length it wanted, as snprintf. */
+int fa_plan_print(const fa_plan *plan, const fa_args *a, char *text, size_t n);
+
+/* ---- execution -------------------------------------------------------------------------------------------------- */
+
+/* Calls body(ctx, worker) once for each worker in [0, workers), possibly at the same time, and returns when all are
+ * done. Running them one after the other in increasing order is allowed. */
+typedef void fa_parallel_fn(void *pool, int workers, void (*body)(void *ctx, int worker), void *ctx);
+
+typedef struct fa_exec {
+    fa_parallel_fn *parallel; /* NULL: run serially */
+    void *pool;               /* handed to parallel */
+    void *workspace;          /* plan.workspace bytes, any alignment */
+    size_t workspace_size;
+} fa_exec;
+
+/* The results are the same, bit for bit, for any plan.threads and any schedule of the workers. */
+fa_status fa_run_forward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
+fa_status fa_run_backward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
+
+/* ---- what this machine and this build can do ---------------------------------------------------------------------- */
+
+typedef enum fa_cpu_flags {
+    FA_CPU_AVX2 = 1 << 0,        /* with FMA and F16C */
+    FA_CPU_AVX512 = 1 << 1,      /* F, BW, DQ, VL */
+    FA_CPU_AVX512BF16 = 1 << 2,
+    FA_CPU_AMX = 1 << 3,         /* tiles enabled by the system; no kernel yet */
+    FA_CPU_NEON = 1 << 4,        /* no kernel yet */
+} fa_cpu_flags;
+
+/* What cpuid and xgetbv report. */
+unsigned fa_cpu_detected(void);
+/* The same, masked by the environment variable FLASHATTN_EXT_ISA = scalar | avx2 | avx512 | avx512bf16, the highest
+ * instruction set to use. Read anew by fa_cpu_refresh, and at the first call. */
+unsigned fa_cpu_enabled(void);
+void fa_cpu_refresh(void);
+
+typedef struct fa_kernel_info {
+    const char *name; /* fa_<op>_<target>_<dtype> */
+    const char *op;   /* fwd, decode, bwd */
+    const char *target;
+    fa_dtype dtype;
+    bool usable;      /* this machine has the instruction set and the environment allows it */
+} fa_kernel_info;
+
+/* Every kernel in this build; returns their number, writes at most n. */
+int fa_kernels(fa_kernel_info *list, int n);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,368 @@
+/* Every refusal a user can see is worded here, in the words of the Python call: the value seen, then the values
+ * allowed. Cheap checks of scalars come first; the lengths, the only memory that is read, come last. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+#include "../fa.h"
+
+/* Beyond every position a query or key can have, and far enough from the ends of int64 to add positions to it. */
+#define MAX_WINDOW ((int64_t)1 << 62)
+
+#define TRY(call)                                                                                                      \
+    do {                                                                                                               \
+        fa_status status_ = (call);                                                                                    \
+        if (status_ != FA_OK)                                                                                          \
+            return status_;                                                                                            \
+    } while (0)
+
+__attribute__((format(printf, 3, 4))) static fa_status refuse(fa_error *err, fa_status status, const char *format, ...)
+{
+    if (err) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(err->text, sizeof err->text, format, args);
+        va_end(args);
+    }
+    return status;
+}
+
+typedef struct shape_text {
+    char text[96];
+} shape_text;
+
+static shape_text shape(const int64_t size[4])
+{
+    shape_text s;
+    snprintf(s.text, sizeof s.text, "(%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 ")", size[0], size[1], size[2],
+             size[3]);
+    return s;
+}
+
+static bool is_empty(const fa_tensor *t)
+{
+    return t->size[0] == 0 || t->size[1] == 0 || t->size[2] == 0 || t->size[3] == 0;
+}
+
+/* An absent tensor is all zero. A tensor without elements may come without data, but has a shape to check. */
+static bool is_given(const fa_tensor *t)
+{
+    return t->data || t->size[0] || t->size[1] || t->size[2] || t->size[3];
+}
+
+static bool is_float(fa_dtype t)
+{
+    return t == FA_F32 || t == FA_BF16 || t == FA_F16 || t == FA_F64;
+}
+
+static fa_dtype lse_dtype(const fa_args *a)
+{
+    return a->q.dtype == FA_F64 ? FA_F64 : FA_F32;
+}
+
+/* ---- one tensor -------------------------------------------------------------------------------------------------- */
+
+/* The offsets of all elements, in bytes, must fit int64. */
+static bool offsets_fit(const fa_tensor *t)
+{
+    int64_t low = 0, high = 0, bytes = (int64_t)fa_dtype_size(t->dtype), ignored;
+    for (int d = 0; d < 4; d++) {
+        int64_t extent;
+        if (t->size[d] < 2)
+            continue;
+        if (__builtin_mul_overflow(t->size[d] - 1, t->stride[d], &extent))
+            return false;
+        int64_t *end = extent < 0 ? &low : &high;
+        if (__builtin_add_overflow(*end, extent, end))
+            return false;
+    }
+    return !__builtin_mul_overflow(low, bytes, &ignored) && !__builtin_mul_overflow(high, bytes, &ignored);
+}
+
+/* Sizes of 0 count as 1: products of some of the sizes are formed on the way to a plan. The factor 8 leaves room for
+ * any dtype, and for partial results in a wider one. */
+static bool count_fits(const int64_t size[4])
+{
+    int64_t count = 8;
+    for (int d = 0; d < 4; d++)
+        if (__builtin_mul_overflow(count, size[d] > 0 ? size[d] : 1, &count))
+            return false;
+    return true;
+}
+
+static fa_status check_tensor(const char *name, const fa_tensor *t, fa_error *err)
+{
+    for (int d = 0; d < 4; d++)
+        if (t->size[d] < 0)
+            return refuse(err, FA_ERR_SHAPE, "%s has shape %s: sizes must not be negative", name, shape(t->size).text);
+    if (!count_fits(t->size))
+        return refuse(err, FA_ERR_SHAPE, "%s has shape %s: its number of bytes must fit a signed 64-bit integer", name,
+                      shape(t->size).text);
+    if (is_empty(t))
+        return FA_OK;
+    if (!offsets_fit(t))
+        return refuse(err, FA_ERR_SHAPE, "%s has strides %s: offsets must fit a signed 64-bit integer", name,
+                      shape(t->stride).text);
+    if (!t->data)
+        return refuse(err, FA_ERR_SHAPE, "%s has shape %s and no data: only a tensor without elements may have none",
+                      name, shape(t->size).text);
+    size_t bytes = fa_dtype_size(t->dtype);
+    if (bytes && (uintptr_t)t->data % bytes)
+        return refuse(err, FA_ERR_SHAPE, "%s starts at address %p: its dtype %s needs a multiple of %zu", name, t->data,
+                      fa_dtype_name(t->dtype), bytes);
+    return FA_OK;
+}
+
+/* May two elements share memory? Sorted by stride, each dimension must step over all the smaller ones: layouts that do
+ * not nest like this are refused too, no allocator makes them. */
+static bool may_overlap(const fa_tensor *t)
+{
+    int64_t size[4], stride[4];
+    int n = 0;
+    if (is_empty(t))
+        return false;
+    for (int d = 0; d < 4; d++) {
+        if (t->size[d] == 1)
+            continue;
+        int64_t step = t->stride[d] < 0 ? -t->stride[d] : t->stride[d];
+        int at = n++;
+        for (; at > 0 && stride[at - 1] > step; at--) {
+            stride[at] = stride[at - 1];
+            size[at] = size[at - 1];
+        }
+        stride[at] = step;
+        size[at] = t->size[d];
+    }
+    int64_t reach = 0; /* the largest offset within the smaller dimensions */
+    for (int d = 0; d < n; d++) {
+        if (stride[d] <= reach)
+            return true;
+        reach += (size[d] - 1) * stride[d];
+    }
+    return false;
+}
+
+static fa_status check_form(const char *name, const fa_tensor *t, const int64_t size[4], fa_dtype dtype, fa_error *err)
+{
+    if (t->dtype != dtype)
+        return refuse(err, FA_ERR_SHAPE, "%s has dtype %s: it must be %s", name, fa_dtype_name(t->dtype),
+                      fa_dtype_name(dtype));
+    for (int d = 0; d < 4; d++)
+        if (t->size[d] != size[d])
+            return refuse(err, FA_ERR_SHAPE, "%s has shape %s: it must be %s", name, shape(t->size).text,
+                          shape(size).text);
+    return check_tensor(name, t, err);
+}
+
+static fa_status check_result(const char *name, const fa_tensor *t, const int64_t size[4], fa_dtype dtype,
+                              fa_error *err)
+{
+    TRY(check_form(name, t, size, dtype, err));
+    if (may_overlap(t))
+        return refuse(err, FA_ERR_SHAPE, "%s has shape %s and strides %s: elements of a result must not share memory",
+                      name, shape(t->size).text, shape(t->stride).text);
+    return FA_OK;
+}
+
+/* ---- scalars ----------------------------------------------------------------------------------------------------- */
+
+static fa_status check_scalars(const fa_args *a, fa_error *err)
+{
+    if (!isfinite(a->scale))
+        return refuse(err, FA_ERR_VALUE, "scale is %g: it must be finite", a->scale);
+    if (!isfinite(a->softcap) || a->softcap < 0)
+        return refuse(err, FA_ERR_VALUE, "softcap is %g: it must be finite and at least 0 (0 = off)", a->softcap);
+    if (a->window_left < -1 || a->window_left > MAX_WINDOW || a->window_right < -1 || a->window_right > MAX_WINDOW)
+        return refuse(err, FA_ERR_VALUE,
+                      "window is (%" PRId64 ", %" PRId64
+                      "): each side must be -1 (unbounded) or between 0 and %" PRId64,
+                      a->window_left, a->window_right, MAX_WINDOW);
+    if (!(a->dropout_p >= 0 && a->dropout_p <= 1))
+        return refuse(err, FA_ERR_VALUE, "dropout_p is %g: it must be between 0 and 1", a->dropout_p);
+    return FA_OK;
+}
+
+/* ---- query, key, value ------------------------------------------------------------------------------------------- */
+
+static fa_status check_dims(const fa_args *a, fa_error *err)
+{
+    const int64_t *q = a->q.size, *k = a->k.size, *v = a->v.size;
+    if (q[0] != k[0] || q[0] != v[0])
+        return refuse(err, FA_ERR_SHAPE,
+                      "query, key and value have batch sizes %" PRId64 ", %" PRId64 " and %" PRId64
+                      ": they must be equal",
+                      q[0], k[0], v[0]);
+    if (k[1] != v[1])
+        return refuse(err, FA_ERR_SHAPE, "key has %" PRId64 " heads and value %" PRId64 ": they must be equal", k[1],
+                      v[1]);
+    if (q[1] != k[1] && (k[1] == 0 || q[1] % k[1] != 0))
+        return refuse(err, FA_ERR_SHAPE,
+                      "query has %" PRId64 " heads, key and value %" PRId64
+                      ": they must be equal, or with enable_gqa=True the second number must divide the first",
+                      q[1], k[1]);
+    if (k[2] != v[2])
+        return refuse(err, FA_ERR_SHAPE, "key has length %" PRId64 " and value %" PRId64 ": they must be equal", k[2],
+                      v[2]);
+    if (q[2] > FA_MAX_SEQ || k[2] > FA_MAX_SEQ)
+        return refuse(err, FA_ERR_SHAPE,
+                      "query has length %" PRId64 " and key %" PRId64 ": lengths must be at most %" PRId64, q[2], k[2],
+                      FA_MAX_SEQ);
+    if (q[3] != k[3])
+        return refuse(err, FA_ERR_SHAPE, "query has head dimension %" PRId64 " and key %" PRId64 ": they must be equal",
+                      q[3], k[3]);
+    if (q[3] < 1 || q[3] > FA_MAX_HEAD_DIM)
+        return refuse(err, FA_ERR_SHAPE, "query and key have head dimension %" PRId64 ": it must be between 1 and %d",
+                      q[3], FA_MAX_HEAD_DIM);
+    if (v[3] < 1 || v[3] > FA_MAX_HEAD_DIM)
+        return refuse(err, FA_ERR_SHAPE, "value has head dimension %" PRId64 ": it must be between 1 and %d", v[3],
+                      FA_MAX_HEAD_DIM);
+    return FA_OK;
+}
+
+static fa_status check_qkv(const fa_args *a, fa_error *err)
+{
+    fa_dtype t = a->q.dtype;
+    if (!is_float(t) || a->k.dtype != t || a->v.dtype != t)
+        return refuse(err, FA_ERR_SHAPE,
+                      "query, key and value have dtypes %s, %s and %s: they must be the same, one of float32, "
+                      "bfloat16, float16 and float64",
+                      fa_dtype_name(t), fa_dtype_name(a->k.dtype), fa_dtype_name(a->v.dtype));
+    TRY(check_dims(a, err));
+    TRY(check_tensor("query", &a->q, err));
+    TRY(check_tensor("key", &a->k, err));
+    return check_tensor("value", &a->v, err);
+}
+
+/* ---- optional inputs --------------------------------------------------------------------------------------------- */
+
+static fa_status check_mask(const fa_args *a, fa_error *err)
+{
+    const fa_tensor *m = &a->mask;
+    const int64_t full[4] = {a->q.size[0], a->q.size[1], a->q.size[2], a->k.size[2]};
+    if (!is_given(m))
+        return FA_OK;
+    if (m->dtype != FA_BOOL && m->dtype != FA_F32 && m->dtype != a->q.dtype)
+        return refuse(err, FA_ERR_SHAPE,
+                      "attn_mask has dtype %s and query has %s: attn_mask must be bool, float32 or of query's dtype",
+                      fa_dtype_name(m->dtype), fa_dtype_name(a->q.dtype));
+    for (int d = 0; d < 4; d++)
+        if (m->size[d] != 1 && m->size[d] != full[d])
+            return refuse(err, FA_ERR_SHAPE,
+                          "attn_mask has shape %s: each size must be 1 or that of (batch, heads, query length, key "
+                          "length) = %s",
+                          shape(m->size).text, shape(full).text);
+    return check_tensor("attn_mask", m, err);
+}
+
+/* sinks and alibi_slopes: (HQ,) or (B, HQ) to the user */
+static fa_status check_per_head(const char *name, const fa_tensor *t, const fa_args *a, fa_error *err)
+{
+    int64_t B = a->q.size[0], HQ = a->q.size[1];
+    if (!is_given(t))
+        return FA_OK;
+    if (t->dtype != FA_F32 && t->dtype != a->q.dtype)
+        return refuse(err, FA_ERR_SHAPE, "%s has dtype %s and query has %s: %s must be float32 or of query's dtype",
+                      name, fa_dtype_name(t->dtype), fa_dtype_name(a->q.dtype), name);
+    if ((t->size[0] != 1 && t->size[0] != B) || t->size[1] != HQ || t->size[2] != 1 || t->size[3] != 1)
+        return refuse(err, FA_ERR_SHAPE,
+                      "%s has shape %s: it must be (1 or batch, heads, 1, 1) with batch %" PRId64 " and heads %" PRId64,
+                      name, shape(t->size).text, B, HQ);
+    return check_tensor(name, t, err);
+}
+
+static fa_status check_lengths(const char *name, const fa_tensor *t, int64_t B, fa_error *err)
+{
+    if (!is_given(t))
+        return FA_OK;
+    if (t->dtype != FA_I32 && t->dtype != FA_I64)
+        return refuse(err, FA_ERR_SHAPE, "%s has dtype %s: it must be int32 or int64", name, fa_dtype_name(t->dtype));
+    if (t->size[0] != B || t->size[1] != 1 || t->size[2] != 1 || t->size[3] != 1)
+        return refuse(err, FA_ERR_SHAPE,
+                      "%s has shape %s: it must hold one length per sequence, (%" PRId64 ", 1, 1, 1)",
+                      name, shape(t->size).text, B);
+    return check_tensor(name, t, err);
+}
+
+static fa_status check_length_values(const char *name, const fa_tensor *t, int64_t limit, const char *whose,
+                                     fa_error *err)
+{
+    if (!is_given(t))
+        return FA_OK;
+    for (int64_t b = 0; b < t->size[0]; b++) {
+        int64_t at = b * t->stride[0];
+        int64_t length = t->dtype == FA_I64 ? ((const int64_t *)t->data)[at] : ((const int32_t *)t->data)[at];
+        if (length < 0 || length > limit)
+            return refuse(err, FA_ERR_SHAPE,
+                          "%s[%" PRId64 "] is %" PRId64 ": it must be between 0 and %" PRId64 ", the length of %s",
+                          name, b, length, limit, whose);
+    }
+    return FA_OK;
+}
+
+static fa_status check_inputs(const fa_args *a, fa_error *err)
+{
+    TRY(check_scalars(a, err));
+    TRY(check_qkv(a, err));
+    TRY(check_mask(a, err));
+    TRY(check_per_head("sinks", &a->sinks, a, err));
+    TRY(check_per_head("alibi_slopes", &a->alibi, a, err));
+    TRY(check_lengths("q_seqlens", &a->q_seqlens, a->q.size[0], err));
+    return check_lengths("kv_seqlens", &a->kv_seqlens, a->q.size[0], err);
+}
+
+static fa_status check_all_length_values(const fa_args *a, fa_error *err)
+{
+    TRY(check_length_values("q_seqlens", &a->q_seqlens, a->q.size[2], "query", err));
+    return check_length_values("kv_seqlens", &a->kv_seqlens, a->k.size[2], "key", err);
+}
+
+/* ---- gradients --------------------------------------------------------------------------------------------------- */
+
+static fa_status check_gradients(const fa_args *a, fa_error *err)
+{
+    if (is_given(&a->dq))
+        TRY(check_result("grad_query", &a->dq, a->q.size, a->q.dtype, err));
+    if (is_given(&a->dk))
+        TRY(check_result("grad_key", &a->dk, a->k.size, a->k.dtype, err));
+    if (is_given(&a->dv))
+        TRY(check_result("grad_value", &a->dv, a->v.size, a->v.dtype, err));
+    if (is_given(&a->dmask)) {
+        if (!is_given(&a->mask) || a->mask.dtype == FA_BOOL)
+            return refuse(err, FA_ERR_SHAPE, "grad_mask is wanted and attn_mask is %s: it must be of a float dtype",
+                          is_given(&a->mask) ? "bool" : "absent");
+        TRY(check_result("grad_mask", &a->dmask, a->mask.size, a->mask.dtype, err));
+    }
+    if (is_given(&a->dsinks)) {
+        if (!is_given(&a->sinks))
+            return refuse(err, FA_ERR_SHAPE, "grad_sinks is wanted and sinks is absent: it must be given");
+        TRY(check_result("grad_sinks", &a->dsinks, a->sinks.size, lse_dtype(a), err));
+    }
+    return FA_OK;
+}
+
+/* ---- the two directions ------------------------------------------------------------------------------------------ */
+
+fa_status fa_validate_forward(const fa_args *a, fa_error *err)
+{
+    TRY(check_inputs(a, err));
+    const int64_t out[4] = {a->q.size[0], a->q.size[1], a->q.size[2], a->v.size[3]};
+    const int64_t lse[4] = {a->q.size[0], a->q.size[1], a->q.size[2], 1};
+    TRY(check_result("out", &a->out, out, a->q.dtype, err));
+    TRY(check_result("lse", &a->lse, lse, lse_dtype(a), err));
+    return check_all_length_values(a, err);
+}
+
+fa_status fa_validate_backward(const fa_args *a, fa_error *err)
+{
+    TRY(check_inputs(a, err));
+    const int64_t out[4] = {a->q.size[0], a->q.size[1], a->q.size[2], a->v.size[3]};
+    const int64_t lse[4] = {a->q.size[0], a->q.size[1], a->q.size[2], 1};
+    TRY(check_form("out", &a->out, out, a->q.dtype, err));
+    TRY(check_form("lse", &a->lse, lse, lse_dtype(a), err));
+    TRY(check_form("grad_out", &a->dout, out, a->q.dtype, err));
+    if (is_given(&a->dlse))
+        TRY(check_form("grad_lse", &a->dlse, lse, lse_dtype(a), err));
+    TRY(check_gradients(a, err));
+    return check_all_length_values(a, err);
+}
