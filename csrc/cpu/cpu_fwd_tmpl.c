@@ -14,9 +14,8 @@
  * the window or the lengths are never touched; only blocks on an edge compare positions.
  */
 #include "cpu_finish.h"
-#include "cpu_gemm.h"
+#include "cpu_operand.h"
 #include "cpu_ops.h"
-#include "cpu_tile.h"
 
 typedef struct panel {
     fa_lanes *lanes;
@@ -29,10 +28,7 @@ typedef struct panel {
 typedef struct key_block {
     int64_t k0;
     int nk;
-    const char *k;     /* operand A of S: rows of k_bytes */
-    int64_t k_bytes;
-    const char *v;     /* operand B of O: fp32 [nk][dv_pad], or pairs [nk / 2][dv_pad] */
-    int64_t v_bytes;
+    fa_operand k, v;
     int nonfinite;     /* rows of V with NaN or infinity, 0 in the operand; -1: not looked for yet */
     uint8_t marks[BN];
 } key_block;
@@ -79,54 +75,6 @@ FA_INLINE panel panel_begin(const fwd *f, const fa_panels *panels, int64_t slot,
     return p;
 }
 
-/* V as operand B. The tensor itself serves when its rows are whole vectors of fp32 and none must be left out. */
-FA_INLINE void load_values(const fwd *f, key_block *kb, fa_dtype dtype, bool pairs, const uint8_t *skip)
-{
-    const fa_tensor *v = &f->a->v;
-    const char *rows = row_of(v, f->b, f->hk, kb->k0, f->size);
-    int64_t row_bytes = v->stride[2] * (int64_t)f->size;
-    kb->v_bytes = f->dv_pad * 4;
-    if (dtype == FA_F32 && v->stride[3] == 1 && v->size[3] % VL == 0 && !skip) {
-        kb->v = rows;
-        kb->v_bytes = row_bytes;
-        return;
-    }
-    float *dst = (float *)(void *)(f->scratch + f->at.v);
-    kb->v = (const char *)dst;
-#ifdef FA_ISA_AVX512BF16
-    if (pairs) {
-        pack_pairs(dst, f->dv_pad, rows, row_bytes, kb->nk, v->size[3], v->stride[3], skip);
-        return;
-    }
-#endif
-    (void)pairs;
-    pack_rows(dst, f->dv_pad, rows, row_bytes, kb->nk, v->size[3], v->stride[3], dtype, skip);
-}
-
-FA_INLINE void load_keys(const fwd *f, key_block *kb, fa_dtype dtype, bool pairs)
-{
-    const fa_tensor *k = &f->a->k;
-    const char *rows = row_of(k, f->b, f->hk, kb->k0, f->size);
-    int64_t row_bytes = k->stride[2] * (int64_t)f->size, d = k->size[3];
-    bool direct = k->stride[3] == 1 && (dtype == FA_F32 || (pairs && d % 2 == 0));
-    if (direct) {
-        kb->k = rows;
-        kb->k_bytes = row_bytes;
-        return;
-    }
-    float *dst = (float *)(void *)(f->scratch + f->at.k);
-    int64_t width = fa_padded(f->units, VL);
-    kb->k = (const char *)dst;
-    kb->k_bytes = width * 4;
-#ifdef FA_ISA_AVX512BF16
-    if (pairs) {
-        pack_u16(dst, width, rows, row_bytes, kb->nk, d, k->stride[3]);
-        return;
-    }
-#endif
-    pack_rows(dst, width, rows, row_bytes, kb->nk, d, k->stride[3], dtype, NULL);
-}
-
 /* Maximum, weights, sum for nv vectors of lanes; the running values of max and sum are updated. */
 FA_INLINE void softmax_strip(float *s, int nk, int nv, float *max, float *sum, float *rescale, int degree)
 {
@@ -166,18 +114,6 @@ FA_INLINE void softmax(float *s, int nk, const panel *p, float *rescale, int deg
     }
 }
 
-#ifdef FA_ISA_AVX512BF16
-/* dst[key / 2][BM] <- weights of keys 2r and 2r + 1, rounded to bf16, side by side */
-static void pair_weights(float *dst, const float *w, int nk, int nv)
-{
-    for (int k = 0; k < nk; k += 2)
-        for (int v = 0; v < nv; v++) {
-            vf hi = k + 1 < nk ? v_load(w + (k + 1) * BM + v * VL) : v_zero();
-            v_store(dst + k / 2 * BM + v * VL, v_pair_bf16(v_load(w + k * BM + v * VL), hi));
-        }
-}
-#endif
-
 /* The rows of V left out of the product for their NaN or infinity, for the queries that give them a weight. */
 static __attribute__((noinline)) void add_nonfinite(const fwd *f, const panel *p, const key_block *kb, const float *w,
                                                     int first, int nk)
@@ -207,15 +143,9 @@ FA_INLINE bool block_scores(const fwd *f, const panel *p, const key_block *kb, i
     if (effect == MASK_NOTHING_SEEN)
         return false;
     fa_gemm g = {.m = nk, .nv = p->lanes->nv, .k = f->units,
-                 .a = kb->k + first * kb->k_bytes, .am = kb->k_bytes, .ak = 4,
+                 .a = kb->k.p + first * kb->k.bytes, .am = kb->k.bytes, .ak = 4,
                  .b = p->q_t, .bk = BM * 4, .c = s, .cm = BM};
-#ifdef FA_ISA_AVX512BF16
-    if (pairs)
-        FA_LOCAL(gemm_store_bf16)(&g, f->ops.scale, NULL);
-    else
-#endif
-        FA_LOCAL(gemm_store_f32)(&g, f->ops.scale, NULL);
-    (void)pairs;
+    product(&g, f->ops.scale, pairs);
     if (f->ops.softcap)
         apply_softcap(s, nk, p->lanes->nv, a->softcap);
     if (effect == MASK_MIXED)
@@ -241,29 +171,27 @@ FA_INLINE void block_step(const fwd *f, const panel *p, key_block *kb, fa_dtype 
     if (!block_scores(f, p, kb, first, nk, edge, s, pairs))
         return;
     if ((edge || f->ops.mask) && kb->nonfinite < 0) {
-        const fa_tensor *v = &f->a->v;
-        kb->nonfinite = find_nonfinite(kb->marks, row_of(v, f->b, f->hk, kb->k0, f->size),
-                                       v->stride[2] * (int64_t)f->size, kb->nk, v->size[3], v->stride[3], dtype);
+        kb->nonfinite = operand_nonfinite(kb->marks, &f->a->v, f->b, f->hk, kb->k0, kb->nk, dtype);
         if (kb->nonfinite)
-            load_values(f, kb, dtype, pairs, kb->marks);
+            kb->v = operand_b((float *)(void *)(f->scratch + f->at.v), &f->a->v, f->b, f->hk, kb->k0, kb->nk, dtype,
+                              pairs, kb->marks);
     }
     softmax(s, nk, p, rescale, dtype == FA_BF16 ? 3 : 5);
     if (f->ops.dropout)
         apply_dropout(s, p->lanes, f->a->dropout_seed, f->a->dropout_p, lo, nk);
     fa_gemm g = {.m = p->lanes->n, .nv = (int)(f->dv_pad / VL), .k = nk,
                  .a = s, .am = 4, .ak = BM * 4,
-                 .b = kb->v + first * kb->v_bytes, .bk = kb->v_bytes, .c = p->out, .cm = f->dv_pad};
+                 .b = kb->v.p + first * kb->v.bytes, .bk = kb->v.bytes, .c = p->out, .cm = f->dv_pad};
 #ifdef FA_ISA_AVX512BF16
     if (pairs) {
         float *w = (float *)(void *)(f->scratch + f->at.pairs);
-        pair_weights(w, s, nk, p->lanes->nv);
-        g.k = (nk + 1) / 2;
+        pair_keys(w, s, nk, p->lanes->nv);
         g.a = w;
-        g.b = kb->v + first / 2 * kb->v_bytes;
-        FA_LOCAL(gemm_add_bf16)(&g, 0, rescale);
-    } else
+        g.k = (nk + 1) / 2;
+        g.b = kb->v.p + first / 2 * kb->v.bytes;
+    }
 #endif
-        FA_LOCAL(gemm_add_f32)(&g, 0, rescale);
+    add_product(&g, rescale, pairs);
     if (kb->nonfinite > 0)
         add_nonfinite(f, p, kb, s, first, nk);
 }
@@ -323,8 +251,8 @@ FA_INLINE void fwd_task(const fa_args *a, const fa_plan *plan, int64_t task, cha
     for (int64_t k0 = keys.lo; k0 < keys.hi;) {
         int64_t next = fa_min64((k0 / BN + 1) * BN, keys.hi); /* blocks lie on multiples of BN for every chunk */
         key_block kb = {.k0 = k0, .nk = (int)(next - k0), .nonfinite = -1};
-        load_keys(&f, &kb, dtype, pairs);
-        load_values(&f, &kb, dtype, pairs, NULL);
+        kb.k = operand_a((float *)(void *)(scratch + f.at.k), &a->k, f.b, f.hk, k0, kb.nk, dtype, pairs);
+        kb.v = operand_b((float *)(void *)(scratch + f.at.v), &a->v, f.b, f.hk, k0, kb.nk, dtype, pairs, NULL);
         for (int64_t i = 0; i < count; i++)
             block_step(&f, &p[i], &kb, dtype, pairs);
         k0 = next;
@@ -334,12 +262,6 @@ FA_INLINE void fwd_task(const fa_args *a, const fa_plan *plan, int64_t task, cha
     for (int64_t i = 0; i < count; i++)
         panel_end(&f, &p[i], partial, dtype);
 }
-
-#ifdef FA_ISA_AVX512BF16
-#define BF16_PAIRS true
-#else
-#define BF16_PAIRS false
-#endif
 
 #define FWD(name, dtype, pairs)                                                                                        \
     void FA_KERNEL(fwd, name)(const fa_args *a, const fa_plan *p, int64_t task, char *scratch, char *shared);          \

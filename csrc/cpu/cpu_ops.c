@@ -16,6 +16,13 @@ void fa_cpu_ops_init(fa_cpu_ops *ops, unsigned flags)
     (void)flags;
 }
 
+int64_t fa_dmask_tiles(const fa_args *a, int64_t panel_rows)
+{
+    const int64_t *size = a->mask.size;
+    return size[0] * size[1] * (size[2] == 1 ? 1 : fa_ceil_div(size[2], panel_rows)) *
+           (size[3] == 1 ? 1 : fa_ceil_div(size[3], FA_KEY_BLOCK));
+}
+
 static int list_op(const fa_cpu_kernel kernels[4], const char *op, const char *target, bool usable,
                    fa_kernel_info *list, int n, int count)
 {

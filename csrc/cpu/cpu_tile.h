@@ -84,13 +84,12 @@ typedef struct fa_lanes {
 static inline void lanes_init(fa_lanes *l, const fa_args *a, const fa_panels *panels, const fa_span *span, int64_t b,
                               int64_t hk, int64_t panel)
 {
+    int64_t g, q;
     l->n = (int)fa_panel_size(panels, panel);
     l->nv = (l->n + VL - 1) / VL;
-    l->first = INT64_MAX;
-    l->last = 0;
+    fa_panel_row(panels, panel, 0, &g, &q);
+    l->first = l->last = q;
     for (int i = 0; i < l->nv * VL; i++) {
-        int64_t g, q;
-        fa_panel_row(panels, panel, i < l->n ? i : l->n - 1, &g, &q);
         l->head[i] = hk * panels->group + g;
         l->query[i] = (int32_t)q;
         l->bh[i] = (int32_t)(b * a->q.size[1] + l->head[i]);
@@ -101,6 +100,8 @@ static inline void lanes_init(fa_lanes *l, const fa_args *a, const fa_panels *pa
             int64_t at = (a->alibi.size[0] > 1 ? b : 0) * a->alibi.stride[0] + l->head[i] * a->alibi.stride[1];
             l->slope[i] = (float)(fa_load(a->alibi.data, a->alibi.dtype, at) * FA_LOG2E);
         }
+        if (i + 1 < l->n && ++q == panels->sq) /* a packed panel goes on with the next head */
+            q = 0, g++;
     }
     l->any = l->first < span->q_len;
     l->last = fa_min64(l->last, span->q_len - 1);

@@ -2,7 +2,7 @@
 #ifndef FA_PLAN_H
 #define FA_PLAN_H
 
-#include "../fa.h"
+#include "../common/fa_mask.h"
 
 /* What the planner must know of the kernels it plans for. */
 typedef struct fa_target {
@@ -46,6 +46,8 @@ fa_panels fa_panels_of(const fa_args *a, int64_t panel_rows);
 int64_t fa_panel_size(const fa_panels *p, int64_t panel);
 /* head within the group and query of one row of a panel */
 void fa_panel_row(const fa_panels *p, int64_t panel, int64_t row, int64_t *head, int64_t *query);
+/* queries of which panel p holds rows */
+fa_range fa_panel_queries(const fa_panels *p, int64_t panel);
 
 /* ---- scratch of one worker (tiles.c): offsets in bytes, each 64-byte aligned ---------------------------------------- */
 
@@ -74,6 +76,7 @@ typedef struct fa_bwd_scratch {
     size_t info, q_t, q_n, do_t, do_n, lse2, delta;      /* the panel */
     size_t scores, grads, bias, capped, s_pairs, g_pairs; /* [BN][BM] */
     size_t k, v, k_n, dk, dv;                             /* the key block */
+    size_t sum;                                           /* gradient of a tile of the mask */
     size_t bytes;
 } fa_bwd_scratch;
 

@@ -27,6 +27,14 @@ void fa_panel_row(const fa_panels *p, int64_t panel, int64_t row, int64_t *head,
     }
 }
 
+fa_range fa_panel_queries(const fa_panels *p, int64_t panel)
+{
+    if (p->packed)
+        return (fa_range){0, p->sq};
+    int64_t first = panel / p->group * p->rows;
+    return (fa_range){first, fa_min64(first + p->rows, p->sq)};
+}
+
 /* Reserves bytes, rounded up to a cache line, and returns where they begin. */
 static size_t take(size_t *top, int64_t bytes)
 {
@@ -93,16 +101,18 @@ fa_bwd_scratch fa_bwd_scratch_of(const fa_args *a, const fa_target *t)
     s.k_n = take(&s.bytes, bn / pack * d_pad * 4);
     s.dk = take(&s.bytes, bn * d_pad * 4);
     s.dv = take(&s.bytes, bn * dv_pad * 4);
+    s.sum = take(&s.bytes, a->dmask.data ? tile : 0);
     return s;
 }
 
 fa_bwd_shared fa_bwd_shared_of(const fa_args *a, const fa_target *t)
 {
     int64_t rows = a->q.size[0] * a->q.size[1] * a->q.size[2], d = a->q.size[3];
-    fa_bwd_shared s = {.dq_direct = a->dq.dtype == FA_F32 && a->dq.stride[3] == 1 && d % t->lanes == 0};
+    fa_panels panels = fa_panels_of(a, t->panel_rows);
+    fa_bwd_shared s = {.dq_direct = !panels.packed && a->dq.dtype == FA_F32 && a->dq.stride[3] == 1 && d % t->lanes == 0};
     s.lse2 = take(&s.bytes, rows * 4);
     s.delta = take(&s.bytes, rows * 4);
-    s.turn = take(&s.bytes, a->q.size[0] * a->k.size[1] * fa_panels_of(a, t->panel_rows).count * 4);
+    s.turn = take(&s.bytes, a->q.size[0] * a->k.size[1] * panels.count * 4);
     s.dq = take(&s.bytes, a->dq.data && !s.dq_direct ? rows * fa_padded(d, t->lanes) * 4 : 0);
     return s;
 }
