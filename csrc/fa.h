@@ -184,6 +184,13 @@ typedef struct fa_kernel_info {
 /* Every kernel in this build; returns their number, writes at most n. */
 int fa_kernels(fa_kernel_info *list, int n);
 
+/* Work whose time gives the machine's ceilings, on the calling thread, with the highest instruction set enabled. Each
+ * returns how much it did: FLOP of fp32 multiply-adds, FLOP of bf16 dot products (0 where there is no such instruction),
+ * bytes read. data holds `floats` fp32. */
+double fa_probe_fma(int64_t steps);
+double fa_probe_dot_bf16(int64_t steps);
+double fa_probe_read(const float *data, int64_t floats);
+
 #ifdef __cplusplus
 }
 #endif

@@ -15,6 +15,8 @@ DECLARE(dmask)
 DECLARE_ROWS(bwd_pre)
 DECLARE_ROWS(bwd_post)
 
+extern void FA_LOCAL(cpu_probes)(fa_cpu_probes *probes);
+
 #define ENTRY(op, dtype) {FA_KERNEL_NAME(op, dtype), FA_KERNEL(op, dtype)}
 #define FILL(op)                                                                                                       \
     do {                                                                                                               \
@@ -29,8 +31,7 @@ DECLARE_ROWS(bwd_post)
         ops->op[FA_F16] = FA_KERNEL(op, f16);                                                                          \
     } while (0)
 
-#define FA_OPS_INIT FA_LOCAL(cpu_ops)
-void FA_OPS_INIT(fa_cpu_ops *ops)
+void FA_LOCAL(cpu_ops)(fa_cpu_ops *ops)
 {
     FILL(fwd);
     FILL(decode);
@@ -38,6 +39,7 @@ void FA_OPS_INIT(fa_cpu_ops *ops)
     FILL(dmask);
     FILL_ROWS(bwd_pre);
     FILL_ROWS(bwd_post);
+    FA_LOCAL(cpu_probes)(&ops->probes);
     ops->panel_rows = BM;
     ops->lanes = VL;
     ops->target = FA_STR(FA_ISA);

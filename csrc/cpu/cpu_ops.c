@@ -63,3 +63,40 @@ int fa_kernels(fa_kernel_info *list, int n)
     }
     return count;
 }
+
+static fa_cpu_probes probes(void)
+{
+    fa_cpu_ops ops;
+    fa_cpu_ops_init(&ops, fa_cpu_enabled());
+    return ops.probes;
+}
+
+double fa_probe_fma(int64_t steps)
+{
+    fa_cpu_probes p = probes();
+    if (p.fma)
+        return p.fma(steps);
+    volatile float x = 1;
+    for (int64_t s = 0; s < steps; s++)
+        x = x * 0.999f + 1e-3f;
+    return (double)steps * 2;
+}
+
+double fa_probe_dot_bf16(int64_t steps)
+{
+    fa_cpu_probes p = probes();
+    return p.dot_bf16 ? p.dot_bf16(steps) : 0;
+}
+
+double fa_probe_read(const float *data, int64_t floats)
+{
+    fa_cpu_probes p = probes();
+    if (p.read)
+        return p.read(data, floats);
+    float sum = 0;
+    for (int64_t i = 0; i < floats; i++)
+        sum += data[i];
+    volatile float sink = sum;
+    (void)sink;
+    return (double)floats * 4;
+}

@@ -16,6 +16,13 @@ typedef struct fa_cpu_kernel {
 /* Part of a parallel pass over rows: the rows (b * HQ + h) * SQ + i in [first, last). */
 typedef void fa_rows_fn(const fa_args *a, char *shared, int64_t first, int64_t last);
 
+/* Work to time for the machine's ceilings; each returns how much it did. NULL: this instruction set has none. */
+typedef struct fa_cpu_probes {
+    double (*fma)(int64_t steps);                       /* FLOP, fp32 multiply-adds */
+    double (*dot_bf16)(int64_t steps);                  /* FLOP, pairs of bf16 */
+    double (*read)(const float *data, int64_t floats);  /* bytes */
+} fa_cpu_probes;
+
 typedef struct fa_cpu_ops {
     fa_cpu_kernel fwd[4];      /* by dtype: f32, bf16, f16, f64. Panels of queries in the lanes */
     fa_cpu_kernel decode[4];   /* few query rows; run NULL: the fwd kernel does it */
@@ -26,6 +33,7 @@ typedef struct fa_cpu_ops {
     int panel_rows;            /* BM of fwd and bwd; 1 = the scalar kernel */
     int lanes;                 /* fp32 lanes of a vector register */
     bool pair_units[4];        /* operands are packed as pairs of bf16 */
+    fa_cpu_probes probes;
     const char *target;
 } fa_cpu_ops;
 

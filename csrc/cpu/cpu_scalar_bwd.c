@@ -102,8 +102,9 @@ FA_SCALAR_BODY void bwd_queries(const fa_scalar_head *head, double *scratch, fa_
             const fa_range keys = fa_keys_of_queries(&head->span, i, i);
             for (int64_t j = keys.lo; j < keys.hi; j++) {
                 double slope, ds = pair_gradient(head, &row, j, &slope, T);
-                if (slope != 0)
-                    fa_scalar_add(dq, ds * slope, a->k.data, fa_row_at(&a->k, head->b, head->hk, j), a->k.stride[3], D,
+                ds *= slope;
+                if (ds != 0) /* a hidden K may be NaN */
+                    fa_scalar_add(dq, ds, a->k.data, fa_row_at(&a->k, head->b, head->hk, j), a->k.stride[3], D,
                                   T);
             }
         }
@@ -132,14 +133,15 @@ FA_SCALAR_BODY void key_add(const fa_scalar_head *head, const key_row *row, int6
     if (s.value == -INFINITY)
         return;
     const double p = exp(s.value - lse), kept = fa_scalar_dropout(head, i, row->j);
-    double dp = 0;
-    if (kept != 0) {
-        const int64_t dout = fa_row_at(&a->dout, head->b, head->h, i);
-        dp = kept * fa_scalar_dot(row->v, a->dout.data, dout, a->dout.stride[3], DV, T);
+    const int64_t dout = fa_row_at(&a->dout, head->b, head->h, i);
+    if (a->dv.data && kept * p != 0)
         fa_scalar_add(row->dv, kept * p, a->dout.data, dout, a->dout.stride[3], DV, T);
-    }
-    const double ds = p * (dp - delta_of(a, head->b, head->h, i, T));
-    fa_scalar_add(row->dk, ds * s.slope, a->q.data, q, a->q.stride[3], D, T);
+    if (!a->dk.data)
+        return;
+    const double dp = kept == 0 ? 0 : kept * fa_scalar_dot(row->v, a->dout.data, dout, a->dout.stride[3], DV, T);
+    const double ds = p * (dp - delta_of(a, head->b, head->h, i, T)) * s.slope;
+    if (ds != 0)
+        fa_scalar_add(row->dk, ds, a->q.data, q, a->q.stride[3], D, T);
 }
 
 FA_SCALAR_BODY void bwd_keys(const fa_args *a, int64_t b, int64_t hk, double *scratch, fa_dtype T)
@@ -163,8 +165,10 @@ FA_SCALAR_BODY void bwd_keys(const fa_args *a, int64_t b, int64_t hk, double *sc
             for (int64_t i = queries.lo; i < queries.hi; i++)
                 key_add(&head, &row, i, T);
         }
-        fa_scalar_write(a->dk.data, fa_row_at(&a->dk, b, hk, j), a->dk.stride[3], dk, D, T);
-        fa_scalar_write(a->dv.data, fa_row_at(&a->dv, b, hk, j), a->dv.stride[3], dv, DV, T);
+        if (a->dk.data)
+            fa_scalar_write(a->dk.data, fa_row_at(&a->dk, b, hk, j), a->dk.stride[3], dk, D, T);
+        if (a->dv.data)
+            fa_scalar_write(a->dv.data, fa_row_at(&a->dv, b, hk, j), a->dv.stride[3], dv, DV, T);
     }
 }
 
@@ -176,7 +180,7 @@ FA_SCALAR_BODY void bwd_task(const fa_args *a, int64_t task, char *scratch, fa_d
         const fa_scalar_head head = fa_scalar_head_at(a, b, h);
         bwd_queries(&head, (double *)scratch, T);
     }
-    if (a->dk.data)
+    if (a->dk.data || a->dv.data)
         bwd_keys(a, b, hk, (double *)scratch, T);
 }
 

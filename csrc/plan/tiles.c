@@ -96,8 +96,8 @@ fa_bwd_scratch fa_bwd_scratch_of(const fa_args *a, const fa_target *t)
     s.capped = take(&s.bytes, a->softcap > 0 ? tile : 0);
     s.s_pairs = take(&s.bytes, t->pair_units ? tile / 2 : 0);
     s.g_pairs = take(&s.bytes, t->pair_units ? tile / 2 : 0);
-    s.k = take(&s.bytes, bn * d_pad * 4 / pack);
-    s.v = take(&s.bytes, bn * dv_pad * 4 / pack);
+    s.k = take(&s.bytes, bn * fa_padded(fa_ceil_div(d, pack), t->lanes) * 4);
+    s.v = take(&s.bytes, bn * fa_padded(fa_ceil_div(dv, pack), t->lanes) * 4);
     s.k_n = take(&s.bytes, bn / pack * d_pad * 4);
     s.dk = take(&s.bytes, bn * d_pad * 4);
     s.dv = take(&s.bytes, bn * dv_pad * 4);
