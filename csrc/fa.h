@@ -130,7 +130,8 @@ typedef struct fa_plan {
     size_t workspace;        /* bytes to hand to fa_run_*: shared_bytes + threads * thread_bytes, plus alignment */
     double flops;            /* multiply-adds count 2; masked-out blocks do not count */
     double bytes;            /* each input read once and each output written once */
-    char why[160];           /* one sentence: why this kernel and these splits */
+    const char *why;         /* why this kernel */
+    const char *why_splits;
 } fa_plan;
 
 /* The arguments must have passed fa_validate_*. num_threads >= 1 is how many workers the caller can start. */

@@ -3,6 +3,8 @@
 
 #include <stdio.h>
 
+static const char why_scalar[] = "the reference in plain C: float64, or no vector kernel enabled";
+
 static size_t align64(size_t n)
 {
     return (n + 63) & ~(size_t)63;
@@ -12,12 +14,14 @@ static size_t align64(size_t n)
 static double visible_scores(const fa_args *a)
 {
     double sq = (double)a->q.size[2], sk = (double)a->k.size[2], heads = (double)(a->q.size[0] * a->q.size[1]);
+    if (a->window_left < 0 && a->window_right < 0)
+        return heads * sq * sk;
     double shift = a->bottom_right ? sk - sq : 0, seen = 0;
     const int samples = 64; /* rows spread evenly: exact enough for a report */
     for (int i = 0; i < samples; i++) {
         double row = (i + 0.5) / samples * sq + shift;
-        double hi = a->window_right >= 0 && row + (double)a->window_right + 0.5 < sk ? row + (double)a->window_right + 0.5 : sk;
-        double lo = a->window_left >= 0 && row - (double)a->window_left - 0.5 > 0 ? row - (double)a->window_left - 0.5 : 0;
+        double right = row + (double)a->window_right + 0.5, left = row - (double)a->window_left - 0.5;
+        double hi = a->window_right >= 0 && right < sk ? right : sk, lo = a->window_left >= 0 && left > 0 ? left : 0;
         seen += hi > lo ? hi - lo : 0;
     }
     return heads * sq * seen / samples;
@@ -94,11 +98,10 @@ void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, f
     if (p->splits > 1)
         p->shared_bytes = (size_t)(p->splits * rows * fa_partial_floats(a->v.size[3])) * 4;
     finish(p, num_threads);
-    const char *what = t->kind == FA_KERNEL_SCALAR ? "the reference in plain C: float64, or no vector kernel enabled"
-                       : t->kind == FA_KERNEL_ROWS ? "few query rows: K and V are streamed once"
-                                                   : "queries in the lanes, K and V shared by the panels of a chunk";
-    snprintf(p->why, sizeof p->why, "%s; %s", what,
-             p->splits > 1 ? "too few rows to fill a machine, so the keys are split" : "enough rows, so the keys stay whole");
+    p->why = t->kind == FA_KERNEL_SCALAR ? why_scalar
+             : t->kind == FA_KERNEL_ROWS ? "few query rows: K and V are streamed once"
+                                         : "queries in the lanes, K and V shared by the panels of a chunk";
+    p->why_splits = p->splits > 1 ? "too few rows to fill a machine: the keys are split" : "the keys stay whole";
 }
 
 void fa_plan_backward_on(const fa_args *a, const fa_target *t, int num_threads, fa_plan *p)
@@ -121,9 +124,10 @@ void fa_plan_backward_on(const fa_args *a, const fa_target *t, int num_threads, 
         p->shared_bytes = fa_bwd_shared_of(a, t).bytes;
     }
     finish(p, num_threads);
-    snprintf(p->why, sizeof p->why, "%s",
-             t->kind == FA_KERNEL_SCALAR ? "the reference in plain C: float64, or no vector kernel enabled"
-                                         : "keys outermost; the parts of dQ are added in the order of the keys");
+    p->why = t->kind == FA_KERNEL_SCALAR
+                 ? why_scalar
+                 : "keys outermost; the parts of dQ are added in the order of the keys";
+    p->why_splits = "one task a block of keys";
 }
 
 static const char *kind_name(fa_kernel_kind k)
@@ -138,14 +142,15 @@ int fa_plan_print(const fa_plan *p, const fa_args *a, char *text, size_t n)
                     "kernel     %s (%s)\n"
                     "why        %s\n"
                     "tiles      %lld rows x %lld keys; %lld panels a kv head, %lld to a chunk\n"
-                    "splits     %lld of %lld keys\n"
+                    "splits     %lld of %lld keys: %s\n"
                     "tasks      %lld on %d threads\n"
                     "workspace  %zu bytes: %zu shared, %zu a thread\n"
                     "work       %.4g GFLOP, %.4g MB read and written once; intensity %.3g FLOP a byte\n",
                     (long long)a->q.size[0], (long long)a->q.size[1], (long long)a->k.size[1], (long long)a->q.size[2],
                     (long long)a->k.size[2], (long long)a->q.size[3], (long long)a->v.size[3],
-                    fa_dtype_name(a->q.dtype), p->kernel, kind_name(p->kind), p->why, (long long)p->block_rows, (long long)p->block_keys,
-                    (long long)p->panels, (long long)p->chunk_panels, (long long)p->splits, (long long)p->split_keys,
-                    (long long)p->tasks, p->threads, p->workspace, p->shared_bytes, p->thread_bytes, p->flops * 1e-9,
-                    p->bytes * 1e-6, p->bytes > 0 ? p->flops / p->bytes : 0);
+                    fa_dtype_name(a->q.dtype), p->kernel, kind_name(p->kind), p->why, (long long)p->block_rows,
+                    (long long)p->block_keys, (long long)p->panels, (long long)p->chunk_panels, (long long)p->splits,
+                    (long long)p->split_keys, p->why_splits, (long long)p->tasks, p->threads, p->workspace,
+                    p->shared_bytes, p->thread_bytes, p->flops * 1e-9, p->bytes * 1e-6,
+                    p->bytes > 0 ? p->flops / p->bytes : 0);
 }

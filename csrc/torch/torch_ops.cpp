@@ -37,6 +37,8 @@ void check(fa_status status, const fa_error &err)
 
 // ---- devices and dtypes ------------------------------------------------------------------------------------------
 
+const int32_t CPU = aoti_torch_device_type_cpu();
+
 int32_t device_type(const Tensor &t)
 {
     int32_t type;
@@ -47,7 +49,7 @@ int32_t device_type(const Tensor &t)
 std::string device_name(const Tensor &t)
 {
     const std::pair<int32_t, const char *> names[] = {
-        {aoti_torch_device_type_cpu(), "cpu"},   {aoti_torch_device_type_cuda(), "cuda"},
+        {CPU, "cpu"},                            {aoti_torch_device_type_cuda(), "cuda"},
         {aoti_torch_device_type_meta(), "meta"}, {aoti_torch_device_type_xpu(), "xpu"},
         {aoti_torch_device_type_mps(), "mps"},   {aoti_torch_device_type_privateuse1(), "privateuseone"},
     };
@@ -67,52 +69,39 @@ struct Dtype {
     const char *name;
 };
 
+// torch does not promise the numbers of its dtypes, only these functions. Those of fa.h come first, in its order.
+const Dtype DTYPES[] = {
+    {aoti_torch_dtype_float32(), FA_F32, "float32"},
+    {aoti_torch_dtype_bfloat16(), FA_BF16, "bfloat16"},
+    {aoti_torch_dtype_float16(), FA_F16, "float16"},
+    {aoti_torch_dtype_float64(), FA_F64, "float64"},
+    {aoti_torch_dtype_bool(), FA_BOOL, "bool"},
+    {aoti_torch_dtype_int32(), FA_I32, "int32"},
+    {aoti_torch_dtype_int64(), FA_I64, "int64"},
+    {aoti_torch_dtype_int8(), FOREIGN, "int8"},
+    {aoti_torch_dtype_int16(), FOREIGN, "int16"},
+    {aoti_torch_dtype_uint8(), FOREIGN, "uint8"},
+    {aoti_torch_dtype_uint16(), FOREIGN, "uint16"},
+    {aoti_torch_dtype_uint32(), FOREIGN, "uint32"},
+    {aoti_torch_dtype_uint64(), FOREIGN, "uint64"},
+    {aoti_torch_dtype_complex32(), FOREIGN, "complex32"},
+    {aoti_torch_dtype_complex64(), FOREIGN, "complex64"},
+    {aoti_torch_dtype_complex128(), FOREIGN, "complex128"},
+    {aoti_torch_dtype_float8_e4m3fn(), FOREIGN, "float8_e4m3fn"},
+    {aoti_torch_dtype_float8_e4m3fnuz(), FOREIGN, "float8_e4m3fnuz"},
+    {aoti_torch_dtype_float8_e5m2(), FOREIGN, "float8_e5m2"},
+    {aoti_torch_dtype_float8_e5m2fnuz(), FOREIGN, "float8_e5m2fnuz"},
+};
+const Dtype UNKNOWN_DTYPE = {-1, FOREIGN, "another dtype"};
+
 const Dtype &dtype_of(const Tensor &t)
 {
-    // torch does not promise the numbers of its dtypes, only these functions.
-    static const Dtype table[] = {
-        {aoti_torch_dtype_float32(), FA_F32, "float32"},
-        {aoti_torch_dtype_bfloat16(), FA_BF16, "bfloat16"},
-        {aoti_torch_dtype_float16(), FA_F16, "float16"},
-        {aoti_torch_dtype_float64(), FA_F64, "float64"},
-        {aoti_torch_dtype_bool(), FA_BOOL, "bool"},
-        {aoti_torch_dtype_int32(), FA_I32, "int32"},
-        {aoti_torch_dtype_int64(), FA_I64, "int64"},
-        {aoti_torch_dtype_int8(), FOREIGN, "int8"},
-        {aoti_torch_dtype_int16(), FOREIGN, "int16"},
-        {aoti_torch_dtype_uint8(), FOREIGN, "uint8"},
-        {aoti_torch_dtype_uint16(), FOREIGN, "uint16"},
-        {aoti_torch_dtype_uint32(), FOREIGN, "uint32"},
-        {aoti_torch_dtype_uint64(), FOREIGN, "uint64"},
-        {aoti_torch_dtype_complex32(), FOREIGN, "complex32"},
-        {aoti_torch_dtype_complex64(), FOREIGN, "complex64"},
-        {aoti_torch_dtype_complex128(), FOREIGN, "complex128"},
-        {aoti_torch_dtype_float8_e4m3fn(), FOREIGN, "float8_e4m3fn"},
-        {aoti_torch_dtype_float8_e4m3fnuz(), FOREIGN, "float8_e4m3fnuz"},
-        {aoti_torch_dtype_float8_e5m2(), FOREIGN, "float8_e5m2"},
-        {aoti_torch_dtype_float8_e5m2fnuz(), FOREIGN, "float8_e5m2fnuz"},
-    };
-    static const Dtype unknown = {-1, FOREIGN, "another dtype"};
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-    for (const Dtype &d : table)
+    for (const Dtype &d : DTYPES)
         if (d.torch == dtype)
             return d;
-    return unknown;
-}
-
-int32_t torch_dtype(fa_dtype t)
-{
-    switch (t) {
-    case FA_F32: return aoti_torch_dtype_float32();
-    case FA_BF16: return aoti_torch_dtype_bfloat16();
-    case FA_F16: return aoti_torch_dtype_float16();
-    case FA_F64: return aoti_torch_dtype_float64();
-    case FA_BOOL: return aoti_torch_dtype_bool();
-    case FA_I32: return aoti_torch_dtype_int32();
-    case FA_I64: return aoti_torch_dtype_int64();
-    }
-    refuse("no torch dtype for fa_dtype " + std::to_string(static_cast<int>(t)));
+    return UNKNOWN_DTYPE;
 }
 
 // ---- tensors to fa_tensor ----------------------------------------------------------------------------------------
@@ -191,7 +180,7 @@ struct Inputs {
 
 void require_cpu(const Tensor &t, const char *name)
 {
-    if (device_type(t) != aoti_torch_device_type_cpu())
+    if (device_type(t) != CPU)
         refuse(std::string(name) + " is on " + device_name(t) +
                ", but this build of flashattn_ext computes on the CPU only: every tensor must be on cpu");
 }
@@ -307,8 +296,7 @@ Tensor allocate(fa_tensor *t, int first = 0, int dim = 4)
 {
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, t->size + first, t->stride + first,
-                                                           torch_dtype(t->dtype), aoti_torch_device_type_cpu(), 0,
-                                                           &handle));
+                                                           DTYPES[t->dtype].torch, CPU, 0, &handle));
     Tensor result(handle);
     void *data = result.mutable_data_ptr();
     t->data = data ? data : no_elements;
@@ -329,6 +317,17 @@ fa_dtype lse_dtype(fa_dtype q)
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
+using Memory = std::unique_ptr<void, decltype(&std::free)>;
+
+// Not a tensor: malloc keeps the cost of a small call low, and hands the same warm pages to the next one.
+Memory host_memory(size_t bytes)
+{
+    Memory memory(std::malloc(std::max<size_t>(bytes, 1)), std::free);
+    if (!memory)
+        refuse("no memory for a workspace of " + std::to_string(bytes) + " bytes");
+    return memory;
+}
+
 // torch may hand several workers to one of its threads.
 void on_torch_threads(void *, int workers, void (*body)(void *ctx, int worker), void *ctx)
 {
@@ -345,10 +344,7 @@ void plan_and_run(const fa_args &a, PlanFn *make_plan, RunFn *run)
 {
     fa_plan plan;
     make_plan(&a, static_cast<int>(torch::stable::get_num_threads()), &plan);
-    // Not a tensor: malloc keeps the cost of a small call low, and returns the same warm pages to the next one.
-    const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(plan.workspace), std::free);
-    if (!workspace && plan.workspace > 0)
-        refuse("no memory for a workspace of " + std::to_string(plan.workspace) + " bytes");
+    const Memory workspace = host_memory(plan.workspace);
     const fa_exec exec = {
         .parallel = plan.threads > 1 ? on_torch_threads : nullptr,
         .pool = nullptr,
@@ -361,6 +357,15 @@ void plan_and_run(const fa_args &a, PlanFn *make_plan, RunFn *run)
 
 // ---- the ops -----------------------------------------------------------------------------------------------------
 
+void plan_results(fa_args *a)
+{
+    const int64_t B = a->q.size[0], HQ = a->q.size[1], SQ = a->q.size[2], DV = a->v.size[3];
+    a->out = planned({B, HQ, SQ, DV}, a->q.dtype, a->q);
+    a->lse = planned({B, HQ, SQ, 1}, lse_dtype(a->q.dtype), fa_tensor{});
+    fa_error err;
+    check(fa_validate_forward(a, &err), err);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor &query, const Tensor &key, const Tensor &value,
                                    const MaybeTensor &attn_mask, const MaybeTensor &sinks,
                                    const MaybeTensor &alibi_slopes, const MaybeTensor &q_seqlens,
@@ -370,14 +375,26 @@ std::tuple<Tensor, Tensor> forward(const Tensor &query, const Tensor &key, const
 {
     fa_args a = args_of({query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, dropout_seed, scale,
                          softcap, window_left, window_right, bottom_right, dropout_p});
-    const int64_t B = a.q.size[0], HQ = a.q.size[1], SQ = a.q.size[2], DV = a.v.size[3];
-    a.out = planned({B, HQ, SQ, DV}, a.q.dtype, a.q);
-    a.lse = planned({B, HQ, SQ, 1}, lse_dtype(a.q.dtype), fa_tensor{});
-    fa_error err;
-    check(fa_validate_forward(&a, &err), err);
+    plan_results(&a);
     Tensor out = allocate(&a.out), lse = allocate(&a.lse, 0, 3);
     plan_and_run(a, fa_plan_forward, fa_run_forward);
     return {out, lse};
+}
+
+// forward without options and without the log-sum-exp: the cost of a tiny call is that of its arguments and results.
+Tensor forward_plain(const Tensor &query, const Tensor &key, const Tensor &value, std::optional<double> scale,
+                     bool is_causal)
+{
+    const MaybeTensor none;
+    fa_args a = args_of({query, key, value, none, none, none, none, none, none, scale, 0.0, -1, is_causal ? 0 : -1,
+                         false, 0.0});
+    plan_results(&a);
+    Tensor out = allocate(&a.out);
+    const int64_t rows = a.lse.size[0] * a.lse.size[1] * a.lse.size[2];
+    const Memory lse = host_memory(static_cast<size_t>(rows) * fa_dtype_size(a.lse.dtype));
+    a.lse.data = lse.get();
+    plan_and_run(a, fa_plan_forward, fa_run_forward);
+    return out;
 }
 
 enum Needs : int64_t { NEED_QUERY = 1, NEED_KEY = 2, NEED_VALUE = 4, NEED_MASK = 8, NEED_SINKS = 16, NEED_ALL = 31 };
@@ -457,6 +474,7 @@ STABLE_TORCH_LIBRARY(flashattn_ext, m)
     m.def("forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
           "Tensor? q_seqlens, Tensor? kv_seqlens, Tensor? dropout_seed, float? scale, float softcap, "
           "int window_left, int window_right, bool bottom_right, float dropout_p) -> (Tensor out, Tensor lse)");
+    m.def("forward_plain(Tensor query, Tensor key, Tensor value, float? scale, bool is_causal) -> Tensor");
     m.def("backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
           "Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? q_seqlens, Tensor? kv_seqlens, "
           "Tensor? dropout_seed, float? scale, float softcap, int window_left, int window_right, bool bottom_right, "
@@ -467,6 +485,7 @@ STABLE_TORCH_LIBRARY(flashattn_ext, m)
 STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CPU, m)
 {
     m.impl("forward", TORCH_BOX(&forward));
+    m.impl("forward_plain", TORCH_BOX(&forward_plain));
     m.impl("backward", TORCH_BOX(&backward));
 }
 
@@ -474,5 +493,6 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CPU, m)
 STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CUDA, m)
 {
     m.impl("forward", TORCH_BOX(&forward));
+    m.impl("forward_plain", TORCH_BOX(&forward_plain));
     m.impl("backward", TORCH_BOX(&backward));
 }
