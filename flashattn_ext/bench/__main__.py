@@ -1,0 +1,155 @@
+"""The command line of the benchmark; see `python -m flashattn_ext.bench --help`."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from . import cases, peers, report, run
+
+DEFAULT_SECONDS = 90.0
+QUICK_SECONDS = 10.0
+
+
+def parse_options(argv) -> argparse.Namespace:
+    known = [peer.name for peer in peers.all_peers()]
+    parser = argparse.ArgumentParser(
+        prog="python -m flashattn_ext.bench",
+        description="Compares attention implementations on this machine: interleaved rounds in one process, medians "
+                    "with their spread, each result checked against float64 before it is timed.")
+    parser.add_argument("--ops", help=f"comma-separated, of {', '.join(cases.OPS)} (default all)")
+    parser.add_argument("--shapes", help="comma-separated, instead of the built-in ones, e.g. B1H8S512D64 or "
+                                         "HQ32HK8SQ1SK4096D128")
+    parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(cases.DTYPES)} (default: those of each op)")
+    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(known)}, or all; the first is the one the "
+                                        "others are compared with (default: all that are installed, but flex)")
+    parser.add_argument("--threads", type=int, help="threads of each peer (default: torch's)")
+    parser.add_argument("--rounds", type=int, default=9, help="most rounds of a case (default 9); at least 3 are taken")
+    parser.add_argument("--seconds", type=float, help=f"aim for so long in total (default {DEFAULT_SECONDS:.0f}, "
+                                                      f"with --quick {QUICK_SECONDS:.0f})")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    parser.add_argument("--all", action="store_true", help="some more, larger cases")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--plot", metavar="PNG", help="draw the ratios there (needs matplotlib)")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there as Markdown")
+    args = parser.parse_args(argv)
+    try:
+        args.ops = _choices("--ops", args.ops, cases.OPS)
+        args.dtypes = _choices("--dtypes", args.dtypes, tuple(cases.DTYPES), cases.DTYPE_ALIASES)
+        args.peers = known if args.peers == "all" else _choices("--peers", args.peers, known)
+        args.shapes = [cases.Shape.parse(text) for text in args.shapes.split(",")] if args.shapes else None
+    except ValueError as error:
+        parser.error(str(error))
+    if args.rounds < run.MIN_ROUNDS:
+        parser.error(f"--rounds {args.rounds}: at least {run.MIN_ROUNDS}")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads {args.threads}: at least 1")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    return args
+
+
+def _choices(option: str, text: str | None, allowed, aliases=None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [(aliases or {}).get(name, name) for name in text.split(",")]
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"{option} {name}: one of {', '.join(allowed)}")
+    return list(dict.fromkeys(names))
+
+
+def choose_peers(names: list[str] | None) -> tuple[list[peers.Peer], list[str]]:
+    """(peers to time, in order; sentences about those that are not). LookupError if the compared one is missing."""
+    by_name = {peer.name: peer for peer in peers.all_peers()}
+    wanted = [by_name[name] for name in names] if names else list(by_name.values())
+    chosen, left_out = [], []
+    for index, peer in enumerate(wanted):
+        if names is None and not peer.default:
+            left_out.append(f"{peer.label} is timed only on request: --peers all")
+            continue
+        reason = peer.missing()
+        if reason is None:
+            chosen.append(peer)
+        elif index == 0:
+            raise LookupError(reason)
+        else:
+            left_out.append(f"{peer.label} is not timed: {reason}")
+    return chosen, left_out
+
+
+def measure(args, chosen: list[peers.Peer]):
+    """(results, ceilings), with a progress bar where rich is installed and a line a case where it is not."""
+    problems = cases.select(args.ops, args.shapes, args.dtypes, args.quick, args.all)
+    seconds = args.seconds or (QUICK_SECONDS if args.quick else DEFAULT_SECONDS)
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        def tell(case):
+            if case:
+                print(case.name, file=sys.stderr)
+
+        return run.measure_all(problems, chosen, args.rounds, seconds, tell)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(problems))
+        begun = iter(range(len(problems) + 1))
+
+        def on_case(case):
+            progress.update(task, completed=next(begun), description=case.name if case else "done")
+
+        return run.measure_all(problems, chosen, args.rounds, seconds, on_case)
+
+
+def show(results, ceilings, found, labels, left_out) -> None:
+    lines = report.describe(found, ceilings)
+    trailer = [*report.notes(results, labels), *left_out]
+    try:
+        from rich.console import Console
+    except ImportError:
+        print("\n".join([*lines, "", report.plain(results, ceilings, labels), "", *trailer]))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    console.print()
+    console.print(report.rich_table(results, ceilings, labels))
+    console.print()
+    for line in trailer:
+        console.print(line, markup=False, highlight=False, style="dim")
+
+
+def main(argv=None) -> int:
+    """Exit status: 0; 1 if the compared implementation gave a wrong result; 2 for a wrong option or a missing build."""
+    args = parse_options(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        chosen, left_out = choose_peers(args.peers)
+    except LookupError as error:
+        print(f"{error}\n(--peers sdpa,eager compares those two without it)", file=sys.stderr)
+        return 2
+    results, ceilings = measure(args, chosen)
+    labels = {peer.name: peer.label for peer in chosen}
+    found = report.machine(chosen)
+    show(results, ceilings, found, labels, left_out)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report.as_json(results, ceilings, found), indent=1) + "\n")
+    if args.markdown:
+        Path(args.markdown).write_text(report.markdown(results, ceilings, labels))
+    if args.plot:
+        report.plot(results, labels, args.plot, f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}")
+    wrong = [result.case.name for result in results if result.wrong]
+    for name in wrong:
+        print(f"WRONG RESULT: {name}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""What is measured: attention problems by shape, dtype and mask, and the random inputs of each.
+
+Scalars are named as in the whole project: B batch, HQ and HK query and key/value heads, SQ and SK queries and keys,
+D head dimension of query and key, DV of value and output.
+"""
+
+import dataclasses
+import math
+import re
+
+import torch
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPE_ALIASES = {"fp32": "f32", "float32": "f32", "bfloat16": "bf16", "fp16": "f16", "float16": "f16", "half": "f16"}
+OPS = ("fwd", "fwd+bwd", "mask", "dropout", "dv", "decode", "tiny")
+DROPOUT_P = 0.1
+PADDED = 0.75  # share of the keys that the last sequence of a padded batch keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one problem; written as letters and numbers, e.g. B1H8S512D64 or HQ32HK8SQ1SK4096D128DV64."""
+
+    B: int
+    HQ: int
+    HK: int
+    SQ: int
+    SK: int
+    D: int
+    DV: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """H stands for HQ and HK, S for SQ and SK; DV is D unless given, B is 1. ValueError if the text is no shape."""
+        if not re.fullmatch(r"((HQ|HK|SQ|SK|DV|B|H|S|D)\d+)+", text):
+            raise ValueError(f"shape {text!r}: write letters and numbers, e.g. B1H8S512D64 or HQ32HK8SQ1SK4096D128")
+        sizes = {name: int(number) for name, number in re.findall(r"(HQ|HK|SQ|SK|DV|B|H|S|D)(\d+)", text)}
+        try:
+            heads, length = sizes.get("H"), sizes.get("S")
+            shape = cls(B=sizes.get("B", 1), HQ=sizes.get("HQ") or heads, HK=sizes.get("HK") or heads or sizes["HQ"],
+                        SQ=sizes.get("SQ") or length, SK=sizes.get("SK") or length or sizes["SQ"], D=sizes["D"],
+                        DV=sizes.get("DV") or sizes["D"])
+        except KeyError as error:
+            raise ValueError(f"shape {text!r} does not say {error.args[0]}") from None
+        if not all(dataclasses.astuple(shape)):
+            raise ValueError(f"shape {text!r} does not say H and S, or has a size of 0")
+        if shape.HQ % shape.HK:
+            raise ValueError(f"shape {text!r}: HK {shape.HK} does not divide HQ {shape.HQ}")
+        return shape
+
+    def __str__(self) -> str:
+        heads = f"H{self.HQ}" if self.HQ == self.HK else f"HQ{self.HQ}HK{self.HK}"
+        length = f"S{self.SQ}" if self.SQ == self.SK else f"SQ{self.SQ}SK{self.SK}"
+        return f"B{self.B}{heads}{length}D{self.D}" + (f"DV{self.DV}" if self.DV != self.D else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the benchmark."""
+
+    op: str     # one of OPS
+    shape: Shape
+    dtype: str  # one of DTYPES
+    causal: bool = False
+    # "" or, over (SQ, SK), "random" and "tril" bool and "bias" float; "padding" is bool (B, 1, 1, SK)
+    mask: str = ""
+    dropout: float = 0.0
+
+    @property
+    def name(self) -> str:
+        kind = self.mask or ("causal" if self.causal else "full" if self.op in ("fwd", "fwd+bwd") else "")
+        return "_".join(part for part in (self.op, self.dtype, str(self.shape), kind) if part)
+
+    @property
+    def backward(self) -> bool:
+        return self.op == "fwd+bwd"
+
+    @property
+    def bound(self) -> str:
+        """Which ceiling of the machine limits it: "fma", "memory", or "" for the cost of a call."""
+        return {"decode": "memory", "tiny": ""}.get(self.op, "fma")
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds that the problem needs, each counted twice; backward has 5 products to forward's 2."""
+        s = self.shape
+        seen = 1.0
+        if self.causal or self.mask == "tril":
+            seen = sum(min(i + 1, s.SK) for i in range(s.SQ)) / (s.SQ * s.SK)
+        elif self.mask == "padding":
+            seen = (s.B - 1 + PADDED) / s.B
+        scores = s.B * s.HQ * s.SQ * s.SK * seen
+        forward = 2 * scores * (s.D + s.DV)
+        return forward + 2 * scores * (3 * s.D + 2 * s.DV) if self.backward else forward
+
+    @property
+    def bytes(self) -> int:
+        """Query, key and value read once, the output written once; of the forward."""
+        s = self.shape
+        elements = s.B * (s.HQ * s.SQ * (s.D + s.DV) + s.HK * s.SK * (s.D + s.DV))
+        return elements * DTYPES[self.dtype].itemsize
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Arguments of one call. query (B, HQ, SQ, D), key (B, HK, SK, D), value (B, HK, SK, DV); gradient is that of the
+    output (B, HQ, SQ, DV), or None for a forward."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    gradient: torch.Tensor | None
+    causal: bool
+    dropout: float
+
+    @property
+    def gqa(self) -> bool:
+        return self.query.shape[1] != self.key.shape[1]
+
+
+def draw(case: Case, generator: torch.Generator) -> Inputs:
+    """Fresh normal random inputs of a case (never zeros: those multiply and exponentiate faster on some machines)."""
+    s, dtype = case.shape, DTYPES[case.dtype]
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    query, key, value = normal(s.B, s.HQ, s.SQ, s.D), normal(s.B, s.HK, s.SK, s.D), normal(s.B, s.HK, s.SK, s.DV)
+    if case.backward:
+        for tensor in (query, key, value):
+            tensor.requires_grad_()
+    gradient = normal(s.B, s.HQ, s.SQ, s.DV) if case.backward else None
+    return Inputs(query, key, value, _mask(case, generator), gradient, case.causal, case.dropout)
+
+
+def _mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    s = case.shape
+    if case.mask == "random":
+        mask = torch.rand(s.SQ, s.SK, generator=generator) < 0.8
+        mask[:, 0] = True  # no row without a key: torch's paths disagree on it
+        return mask
+    if case.mask == "tril":
+        return torch.ones(s.SQ, s.SK, dtype=torch.bool).tril()
+    if case.mask == "padding":
+        lengths = torch.full((s.B,), s.SK)
+        lengths[-1] = math.ceil(PADDED * s.SK)
+        return (torch.arange(s.SK) < lengths[:, None]).view(s.B, 1, 1, s.SK)
+    if case.mask == "bias":
+        return torch.randn(s.SQ, s.SK, generator=generator).to(DTYPES[case.dtype])
+    return None
+
+
+_FWD = ("B1H8S128D64", "B1H8S512D64", "B1H8S2048D64", "B1H8S2048D128", "B16H12S128D64")
+_FWD_EXTENDED = ("B1H8S128D128", "B1H8S512D128")
+_BWD = ("B1H8S512D64", "B16H12S128D64")
+_BWD_EXTENDED = ("B1H8S2048D64", "B1H8S2048D128")
+_DECODE = ("B1HQ32HK8SQ1SK4096D128", "B1H32SQ1SK4096D128", "B1HQ8HK1SQ1SK16384D128", "B8HQ32HK8SQ1SK1024D128")
+_DEFAULT_SHAPES = {"fwd": _FWD, "fwd+bwd": _BWD, "mask": ("B1H8S1024D64",), "dropout": ("B1H8S1024D64",),
+                   "dv": ("B1H8S1024D64DV32",), "decode": _DECODE, "tiny": ("B1H2S8D16",)}
+_EXTENDED_SHAPES = {"fwd": _FWD_EXTENDED, "fwd+bwd": _BWD_EXTENDED}
+_QUICK_SHAPES = {"fwd": ("B1H8S128D64", "B1H8S512D64"), "fwd+bwd": ("B1H8S256D64",), "mask": ("B1H8S256D64",),
+                 "dropout": ("B1H8S256D64",), "dv": ("B1H8S256D64DV32",), "decode": _DECODE[:1], "tiny": ("B1H2S8D16",)}
+# By default an op is measured in the dtypes that the project states a figure for.
+_DEFAULT_DTYPES = {"fwd": ("f32", "bf16", "f16"), "fwd+bwd": ("f32", "bf16"), "mask": ("f32", "bf16"),
+                   "dropout": ("f32", "bf16"), "dv": ("f32", "bf16"), "decode": ("f32", "bf16", "f16"),
+                   "tiny": ("f32",)}
+
+
+def select(ops=None, shapes=None, dtypes=None, quick: bool = False, extended: bool = False) -> list[Case]:
+    """The cases to run.
+
+    ops: names of OPS; shapes: Shape objects, instead of the built-in ones; dtypes: names of DTYPES; None means the
+    default. extended adds some larger cases.
+    """
+    chosen = []
+    for op in ops or OPS:
+        if shapes:
+            sizes = list(shapes)
+        else:
+            texts = (_QUICK_SHAPES if quick else _DEFAULT_SHAPES)[op]
+            sizes = [Shape.parse(text) for text in texts + (_EXTENDED_SHAPES.get(op, ()) if extended else ())]
+        for shape in sizes:
+            for dtype in dtypes or _DEFAULT_DTYPES[op]:
+                chosen += _variants(op, shape, dtype)
+    return chosen
+
+
+def _variants(op: str, shape: Shape, dtype: str) -> list[Case]:
+    base = Case(op, shape, dtype)
+    if op in ("fwd", "fwd+bwd"):
+        return [base, dataclasses.replace(base, causal=True)]
+    if op == "mask":
+        padded = dataclasses.replace(shape, B=max(2, shape.B))
+        return [dataclasses.replace(base, mask="random"), dataclasses.replace(base, mask="tril"),
+                dataclasses.replace(base, mask="bias"), dataclasses.replace(base, mask="padding", shape=padded)]
+    if op == "dropout":
+        return [dataclasses.replace(base, dropout=DROPOUT_P)]
+    return [base]

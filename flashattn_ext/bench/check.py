@@ -1,0 +1,114 @@
+"""Is a result right? Each peer's is compared once with float64 before it is timed.
+
+Attention treats each batch and each group of heads on its own, so a problem is checked on its first and last (batch,
+key/value head), a large one on its last, instead of whole.
+"""
+
+import math
+
+import torch
+
+from .cases import DTYPES, Case, Inputs
+
+LARGE = 1 << 22    # scores of a head from which one head is checked
+PEER_SLACK = 8.0  # a peer's error may be so many times the bar of ours before its times are left out
+
+
+def eager(query, key, value, mask=None, causal: bool = False, dropout: float = 0.0):
+    """Attention by its definition, in the dtype of its inputs; the scores are an array of (B, HQ, SQ, SK)."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]))
+    if causal:
+        hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    weights = scores.softmax(-1)
+    if dropout:
+        weights = torch.nn.functional.dropout(weights, dropout)
+    return weights @ value
+
+
+def _corner(inputs: Inputs, batch: int, head: int) -> Inputs:
+    """The part of the inputs that one batch entry and one key/value head decide, as leaves of their own."""
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    heads = slice(head * group, (head + 1) * group)
+
+    def part(tensor, which):
+        return None if tensor is None else tensor.detach()[batch:batch + 1, which]
+
+    mask = inputs.mask
+    if mask is not None and mask.dim() == 4:
+        mask = mask[batch:batch + 1]
+    one = slice(head, head + 1)
+    return Inputs(part(inputs.query, heads), part(inputs.key, one), part(inputs.value, one), mask,
+                  part(inputs.gradient, heads), inputs.causal, inputs.dropout)
+
+
+def _eager_results(inputs: Inputs, dtype: torch.dtype) -> list[torch.Tensor]:
+    leaves = [t.to(dtype) for t in (inputs.query, inputs.key, inputs.value)]
+    if inputs.gradient is None:
+        return [eager(*leaves, inputs.mask, inputs.causal)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = eager(*leaves, inputs.mask, inputs.causal)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs.gradient.to(dtype))]
+
+
+class Reference:
+    """What a case's inputs must give, and how far from it a result may be.
+
+    The bar: at most twice the error of eager attention in the same precision, plus a few units in the last place.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self.case = case
+        s = case.shape
+        corners = sorted({(0, 0), (s.B - 1, s.HK - 1)})[-1 if s.SQ * s.SK >= LARGE else -2:]
+        self.corners = [(b, h, _corner(inputs, b, h)) for b, h in corners]
+        if case.dropout:
+            return
+        dtype = DTYPES[case.dtype]
+        self.exact = [_eager_results(corner, torch.float64) for _, _, corner in self.corners]
+        rounded = [_eager_results(corner, dtype) for _, _, corner in self.corners]
+        self.bars = []
+        for i in range(len(self.exact[0])):
+            largest = max(float(exact[i].abs().max()) for exact in self.exact)
+            error = max(float((own[i].double() - exact[i]).abs().max()) for own, exact in zip(rounded, self.exact))
+            self.bars.append(2 * error + 4 * torch.finfo(dtype).eps * largest)
+
+    def error(self, results: list[torch.Tensor]) -> float:
+        """The largest error of results [out] or [out, dq, dk, dv], as a multiple of the bar: at most 1 is right."""
+        if self.case.dropout:
+            return self._dropout_error(results[0])
+        group = self.case.shape.HQ // self.case.shape.HK
+        worst = 0.0
+        for (b, h, _), exact in zip(self.corners, self.exact):
+            heads = (slice(h * group, (h + 1) * group), slice(h, h + 1))
+            for i, (result, bar) in enumerate(zip(results, self.bars, strict=True)):
+                part = result.detach()[b:b + 1, heads[0] if i < 2 else heads[1]].double()
+                if part.shape != exact[i].shape:
+                    return math.inf
+                error = float((part - exact[i]).abs().max())
+                worst = max(worst, error / bar if math.isfinite(error) else math.inf)
+        return worst
+
+    def _dropout_error(self, out: torch.Tensor) -> float:
+        """Which weights are dropped is each peer's own affair; that the right share is, shows in the moments.
+
+        For weights w and keep probability 1 - p, out - exact has mean 0 and variance p / (1 - p) * sum w^2 v^2. The
+        bar: the standardised difference has a mean of at most 0.05 and a variance within 0.1 of 1.
+        """
+        group = self.case.shape.HQ // self.case.shape.HK
+        p = self.case.dropout
+        worst = 0.0
+        for b, h, corner in self.corners:
+            query, key, value = (t.double() for t in (corner.query, corner.key, corner.value))
+            identity = torch.eye(key.shape[2], dtype=torch.float64)[None, None]
+            weights = eager(query, key, identity, corner.mask, corner.causal)
+            spread = (weights.square() @ value.square() * (p / (1 - p))).sqrt()
+            part = out.detach()[b:b + 1, h * group:(h + 1) * group].double()
+            z = (part - weights @ value) / spread
+            worst = max(worst, float(z.mean().abs()) / 0.05, abs(float(z.var()) - 1) / 0.1)
+        return worst if math.isfinite(worst) else math.inf

@@ -1,0 +1,228 @@
+"""Results as a table in the terminal, as Markdown, JSON and a plot."""
+
+import dataclasses
+import datetime
+import os
+import platform
+import sys
+
+import torch
+
+from .ceilings import Ceilings
+from .peers import Peer
+from .run import Result, cache_bytes, quartiles
+
+FLAGS = ("fma", "f16c", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16",
+         "asimd", "bf16")
+COLUMNS = ("case", "ms", "+-", "rate", "of ceiling", "x SDPA", "x best", "best other")
+MARKERS = "os^DvP*X"
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def machine(peers: list[Peer]) -> dict:
+    """What the figures depend on: processor, instruction sets, threads, versions."""
+    model, flags = platform.processor() or platform.machine(), []
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                key, _, text = line.partition(":")
+                if key.strip() == "model name":
+                    model = text.strip()
+                elif key.strip() in ("flags", "Features"):
+                    flags = text.split()
+                    break
+    except OSError:
+        pass
+    return {
+        "cpu": model,
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_cache_bytes": cache_bytes(),
+        "isa_limit": os.environ.get("FLASHATTN_EXT_ISA"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": {peer.name: peer.version() for peer in peers},
+        "build": _build_info(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _build_info():
+    try:
+        import flashattn_ext
+
+        return flashattn_ext.build_info()
+    except (ImportError, AttributeError, OSError):
+        return None
+
+
+def describe(found: dict, machine_ceilings: Ceilings) -> list[str]:
+    """The lines above the table."""
+    limit = f"; FLASHATTN_EXT_ISA={found['isa_limit']}" if found["isa_limit"] else ""
+    c = machine_ceilings
+    others = {name: version for name, version in found["versions"].items() if version != found["torch"]}
+    return [
+        f"{found['cpu']}, {found['threads']} of {found['processors']} processors; {' '.join(found['flags'])}{limit}",
+        ", ".join(f"{name} {version}" for name, version in {"torch": found["torch"], **others}.items()),
+        f"ceilings with {c.threads} threads: {c.fma_gflops:.0f} GFLOP/s float32 ({c.fma_method}), "
+        f"{c.read_gbs:.1f} GB/s read ({c.read_method})",
+    ]
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def rate(result: Result, ceilings: Ceilings) -> tuple[float, str, float | None]:
+    """(figure, unit, share of the machine's ceiling or None)."""
+    case, seconds = result.case, result.peers[result.subject].median
+    ceiling = ceilings.of(case.bound)
+    if case.bound == "memory":
+        figure, unit = case.bytes / seconds / 1e9, "GB/s"
+    elif case.bound == "fma":
+        figure, unit = case.flops / seconds / 1e9, "GFLOP/s"
+    else:
+        return 1 / seconds / 1e3, "calls/ms", None
+    return figure, unit, figure / ceiling if ceiling else None
+
+
+def _times(ratios: list[float] | None) -> str:
+    if not ratios:
+        return "-"
+    middle = quartiles(ratios)[1]
+    return f"{middle:.2f}" if middle < 10 else f"{middle:.1f}"
+
+
+def row(result: Result, ceilings: Ceilings, labels: dict[str, str]) -> list[str]:
+    """One line of the table, in the order of COLUMNS."""
+    own = result.peers[result.subject]
+    if not own.times:
+        return [result.case.name, own.skipped or "-", *["-"] * (len(COLUMNS) - 2)]
+    low, middle, high = quartiles(own.times)
+    figure, unit, share = rate(result, ceilings)
+    best = result.best_peer()
+    name = result.case.name + (" WRONG" if result.wrong else "")
+    return [name, f"{middle * 1e3:.3g}", f"{(high - low) / middle:.0%}", f"{figure:.3g} {unit}",
+            "-" if share is None else f"{share:.0%}", _times(result.ratio("sdpa")) if result.subject != "sdpa" else "-",
+            _times(result.ratio(best)) if best else "-", labels[best] if best else "-"]
+
+
+def notes(results: list[Result], labels: dict[str, str]) -> list[str]:
+    """What the columns mean, and why which peer is left out of how many cases."""
+    subject = labels[results[0].subject]
+    lines = [f"ms: median time of a call of {subject}; +-: the middle half of the rounds, as a share of it; x SDPA, "
+             "x best: its speed over that of torch's SDPA and of the fastest other, medians of the rounds' ratios; of "
+             "ceiling: of float32 multiply-adds (also for other dtypes) or of memory read, as the rate's unit says."]
+    reasons: dict[str, dict[str, int]] = {}
+    for result in results:
+        for name, sampled in result.peers.items():
+            if sampled.skipped:
+                counts = reasons.setdefault(name, {})
+                counts[sampled.skipped] = counts.get(sampled.skipped, 0) + 1
+    for name, counts in reasons.items():
+        lines.append(f"{labels[name]} left out: " + "; ".join(f"{reason} ({n})" for reason, n in counts.items()))
+    return lines
+
+
+def markdown(results: list[Result], ceilings: Ceilings, labels: dict[str, str]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
+    lines += ["| " + " | ".join(row(result, ceilings, labels)) + " |" for result in results]
+    return "\n".join(lines) + "\n"
+
+
+def plain(results: list[Result], ceilings: Ceilings, labels: dict[str, str]) -> str:
+    """The table in plain text, for terminals without rich."""
+    rows = [list(COLUMNS)] + [row(result, ceilings, labels) for result in results]
+    widths = [max(len(line[i]) for line in rows) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) if i in (0, len(COLUMNS) - 1) else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in rows)
+
+
+def rich_table(results: list[Result], ceilings: Ceilings, labels: dict[str, str]):
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i in (0, len(COLUMNS) - 1) else "right", no_wrap=True)
+    before = None
+    for result in results:
+        cells = row(result, ceilings, labels)
+        for column in (5, 6):
+            if cells[column] != "-":
+                cells[column] = f"[{'green' if float(cells[column]) >= 1 else 'red'}]{cells[column]}[/]"
+        if before not in (None, result.case.op):
+            table.add_row()
+        table.add_row(*cells, style="bold red" if result.wrong else None)
+        before = result.case.op
+    return table
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def as_json(results: list[Result], ceilings: Ceilings, found: dict) -> dict:
+    """Everything that was measured; times in seconds, rates in GFLOP/s or GB/s."""
+    rows = []
+    for result in results:
+        case = result.case
+        own = result.peers[result.subject]
+        figure, unit, share = rate(result, ceilings) if own.times else (None, None, None)
+        best = result.best_peer()
+        rows.append({
+            "name": case.name, "op": case.op, "shape": dataclasses.asdict(case.shape), "dtype": case.dtype,
+            "causal": case.causal, "mask": case.mask, "dropout": case.dropout, "flops": case.flops, "bytes": case.bytes,
+            "rate": figure, "unit": unit, "share_of_ceiling": share, "wrong": result.wrong, "best_peer": best,
+            "ratio_to_sdpa": _spread(result.ratio("sdpa")),
+            "ratio_to_best": _spread(result.ratio(best)) if best else None,
+            "peers": {name: {"seconds": _spread(p.times), "rounds": p.times, "error_of_bar": p.error,
+                             "skipped": p.skipped} for name, p in result.peers.items()},
+        })
+    return {"command": " ".join(["python -m flashattn_ext.bench", *sys.argv[1:]]), "machine": found,
+            "ceilings": dataclasses.asdict(ceilings), "subject": results[0].subject, "cases": rows}
+
+
+def _spread(values: list[float] | None) -> dict | None:
+    if not values:
+        return None
+    low, middle, high = quartiles(values)
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def plot(results: list[Result], labels: dict[str, str], path: str, title: str) -> None:
+    """Speed of every peer relative to torch's SDPA (to the subject, where SDPA was not timed), a row for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    base = "sdpa" if any(r.peers.get("sdpa") and r.peers["sdpa"].times for r in results) else results[0].subject
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.2 * len(results)), layout="constrained")
+    names = list(results[0].peers)
+    for index, name in enumerate(names):
+        points = [(y, quartiles([b / a for a, b in zip(r.peers[name].times, r.peers[base].times)]))
+                  for y, r in enumerate(results) if r.peers[name].times and r.peers[base].times]
+        if not points:
+            continue
+        ys, spreads = [y for y, _ in points], [s for _, s in points]
+        middles = [s[1] for s in spreads]
+        bars = [[s[1] - s[0] for s in spreads], [s[2] - s[1] for s in spreads]]
+        first = name == results[0].subject
+        axes.errorbar(middles, ys, xerr=bars, fmt=MARKERS[index % len(MARKERS)], color=f"C{index}", elinewidth=1,
+                      markersize=6 if first else 4, zorder=3 if first else 2, label=labels[name])
+    for y in range(1, len(results)):
+        if results[y].case.op != results[y - 1].case.op:
+            axes.axhline(y - 0.5, color="0.8", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.set_yticks(range(len(results)), [r.case.name for r in results], fontsize=7)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.grid(axis="x", color="0.9")
+    axes.set_xlabel(f"speed relative to {labels[base]} (bars: the middle half of the rounds)")
+    axes.set_title(title, fontsize=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

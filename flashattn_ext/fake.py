@@ -1,0 +1,55 @@
+"""What the ops return, without computing it: shapes, dtypes and strides for torch.compile, torch.export and meta tensors."""
+
+import torch
+
+
+@torch.library.register_fake("flashattn_ext::forward")
+def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, dropout_seed, scale, softcap,
+            window_left, window_right, bottom_right, dropout_p):
+    out = _empty((*query.shape[:3], value.shape[3]), query)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.register_fake("flashattn_ext::backward")
+def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens,
+             dropout_seed, scale, softcap, window_left, window_right, bottom_right, dropout_p, needs):
+    def gradient(place, x):
+        if not needs >> place & 1:
+            return query.new_empty(0, dtype=query.dtype if x is None else x.dtype)
+        return _empty(x.shape, x) if x is not sinks else x.new_empty(x.shape)
+
+    return tuple(gradient(place, x) for place, x in enumerate((query, key, value, attn_mask, sinks)))
+
+
+def _empty(shape, like):
+    """A dense tensor whose dimensions lie in memory in the order of like's, as torch.empty_like lays them out.
+
+    csrc/torch/torch_ops.cpp allocates by the same rule: an insertion sort of the strides from the innermost dimension
+    outwards. A stride of 0 says nothing about the order, and of equal strides the larger size lies further out.
+    """
+    order = list(reversed(range(len(shape))))  # innermost first
+    for start in range(1, len(order)):
+        outer = start
+        for inner in reversed(range(start)):
+            larger = _inner_is_larger(like, order[inner], order[outer])
+            if larger < 0:
+                break
+            if larger > 0:
+                order[inner], order[outer] = order[outer], order[inner]
+                outer = inner
+    strides, step = [0] * len(shape), 1
+    for dim in order:
+        strides[dim] = step
+        step = step * torch.sym_max(shape[dim], 1)
+    return like.new_empty_strided(tuple(shape), strides)
+
+
+def _inner_is_larger(like, inner, outer):
+    """1: dimension `inner` belongs outside of `outer`; -1: it does not; 0: the strides do not say."""
+    inner_stride, outer_stride = like.stride(inner), like.stride(outer)
+    if inner_stride == 0 or outer_stride == 0:
+        return 0
+    if inner_stride != outer_stride:
+        return 1 if inner_stride > outer_stride else -1
+    return 1 if like.shape[inner] > like.shape[outer] else 0

@@ -1,0 +1,1 @@
+"""One module for each framework; importing one needs that framework."""

@@ -1,0 +1,14 @@
+"""The custom ops, complete: kernels from the compiled library, shapes for the compiler, rules for vmap.
+
+docs/ops.md has their schemas. Gradients are in autograd.py: called here directly, an op has none.
+"""
+
+import torch
+
+from . import _lib  # noqa: F401  (loads the library)
+from . import batching, fake  # noqa: F401  (registers the fake kernels)
+
+forward = torch.ops.flashattn_ext.forward.default
+backward = torch.ops.flashattn_ext.backward.default
+
+batching.register(forward, backward)
