@@ -59,20 +59,20 @@ FA_INLINE key_block block_begin(const bwd *w, int64_t index, fa_dtype dtype, boo
 }
 
 /* Q, dO, LSE and delta of a panel. */
-FA_INLINE void panel_load(const bwd *w, const fa_lanes *l, fa_dtype dtype, bool pairs)
+FA_INLINE void panel_load(const bwd *w, fa_lanes *l, fa_dtype dtype, bool pairs)
 {
     const fa_args *a = w->a;
     const float *lse2 = (const float *)(const void *)(w->shared + w->common.lse2);
     const float *delta = (const float *)(const void *)(w->shared + w->common.delta);
-    pack_transposed(at(w, w->at.q_t), l, &w->span, &a->q, w->b, dtype, pairs);
-    if (w->grads)
-        pack_transposed(at(w, w->at.do_t), l, &w->span, &a->dout, w->b, dtype, pairs);
     for (int i = 0; i < l->nv * VL; i++) {
         int64_t row = (int64_t)l->bh[i] * a->q.size[2] + l->query[i];
-        bool valid = lane_valid(l, &w->span, i);
-        at(w, w->at.lse2)[i] = valid ? lse2[row] : INFINITY; /* 2^(S - inf) = 0 */
-        at(w, w->at.delta)[i] = valid ? delta[row] : 0;
+        l->valid[i] = l->valid[i] && lse2[row] != INFINITY; /* Q and dO of a row that sees nothing are never read */
+        at(w, w->at.lse2)[i] = l->valid[i] ? lse2[row] : INFINITY; /* 2^(S - inf) = 0 */
+        at(w, w->at.delta)[i] = l->valid[i] ? delta[row] : 0;
     }
+    pack_transposed(at(w, w->at.q_t), l, &a->q, w->b, dtype, pairs);
+    if (w->grads)
+        pack_transposed(at(w, w->at.do_t), l, &a->dout, w->b, dtype, pairs);
 }
 
 FA_INLINE void weights(const bwd *w, const fa_lanes *l, float *s, int nk)
@@ -80,7 +80,8 @@ FA_INLINE void weights(const bwd *w, const fa_lanes *l, float *s, int nk)
     for (int k = 0; k < nk; k++)
         for (int v = 0; v < l->nv; v++) {
             float *x = s + k * BM + v * VL;
-            v_store(x, v_exp2(v_sub(v_load(x), v_load(at(w, w->at.lse2) + v * VL)), 5));
+            vf y = v_sub(v_load(x), v_load(at(w, w->at.lse2) + v * VL));
+            v_store(x, v_exp2(v_min(v_zero(), y), 5)); /* scores of 1e9 round by more than their distance to the sum */
         }
 }
 

@@ -21,17 +21,19 @@
 
 /* ---- dQ, dK, dV --------------------------------------------------------------------------------------------------- */
 
-/* The panel's rows of t as operand B. One head's consecutive rows within the length may serve as they lie. */
+/* The panel's rows of t as operand B. One head's consecutive rows may serve as they lie, if all are valid. */
 FA_INLINE fa_operand panel_rows_b(const bwd *w, float *dst, const fa_lanes *l, const fa_tensor *t, fa_dtype dtype,
                                   bool pairs)
 {
     int64_t width = fa_padded(t->size[3], VL);
-    bool inside = l->query[l->n - 1] < w->span.q_len;
-    if (!w->panels.packed && inside)
+    bool all = true;
+    for (int i = 0; i < l->n; i++)
+        all &= l->valid[i];
+    if (!w->panels.packed && all)
         return operand_b(dst, t, w->b, l->head[0], l->query[0], l->n, dtype, pairs, NULL);
     size_t size = dtype == FA_F32 ? 4 : 2;
     for (int i = 0; i < l->n; i += pairs ? 2 : 1) {
-        uint8_t skip[2] = {!lane_valid(l, &w->span, i), !lane_valid(l, &w->span, i + 1)};
+        uint8_t skip[2] = {!l->valid[i], i + 1 >= l->n || !l->valid[i + 1]};
         const char *row = row_of(t, w->b, l->head[i], l->query[i], size);
 #ifdef FA_ISA_AVX512BF16
         if (pairs) {
@@ -210,7 +212,7 @@ FA_INLINE void bwd_pre_rows(const fa_args *a, char *shared, int64_t first, int64
         lse2[row] = INFINITY;
         delta[row] = 0;
         if (seen) {
-            lse2[row] = (float)(lse * FA_LOG2E);
+            lse2[row] = (float)fmax(lse * FA_LOG2E, -FLT_MAX);
             delta[row] = dot_rows(row_of(&a->dout, b, h, q, size), &a->dout, row_of(&a->out, b, h, q, size), &a->out,
                                   dtype);
             if (a->dlse.data)

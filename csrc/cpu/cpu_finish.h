@@ -2,6 +2,7 @@
 #ifndef FA_CPU_FINISH_H
 #define FA_CPU_FINISH_H
 
+#include <float.h>
 #include <math.h>
 
 #include "../common/fa_dtype.h"
@@ -29,7 +30,8 @@ static inline fa_row_end fa_finish_row(const fa_args *a, int64_t b, int64_t h, f
     }
     if (l == 0)
         return (fa_row_end){.scale = 0, .lse = -INFINITY};
-    return (fa_row_end){.scale = keep * shrink / l, .lse = ((double)top + log2f(l)) * ln2};
+    double lse = top > -FLT_MAX ? ((double)top + log2f(l)) * ln2 : -FLT_MAX; /* where mask_values cut it off */
+    return (fa_row_end){.scale = keep * shrink / l, .lse = lse};
 }
 
 static inline void fa_store_lse(const fa_args *a, int64_t b, int64_t h, int64_t q, double lse)

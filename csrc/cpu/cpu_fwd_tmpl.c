@@ -71,7 +71,7 @@ FA_INLINE panel panel_begin(const fwd *f, const fa_panels *panels, int64_t slot,
         p.keys.hi = fa_min64(p.keys.hi, part.hi);
     }
     if (p.keys.lo < p.keys.hi)
-        pack_transposed(p.q_t, p.lanes, &f->span, &f->a->q, f->b, dtype, pairs);
+        pack_transposed(p.q_t, p.lanes, &f->a->q, f->b, dtype, pairs);
     return p;
 }
 
@@ -211,7 +211,7 @@ FA_INLINE void panel_end(const fwd *f, const panel *p, float *partial, fa_dtype 
             memcpy(to + 2, o, (size_t)dv * 4);
             continue;
         }
-        bool valid = lane_valid(p->lanes, &f->span, i);
+        bool valid = p->lanes->valid[i];
         fa_row_end end = {0, -INFINITY};
         if (valid)
             end = fa_finish_row(a, f->b, h, p->max[i], p->sum[i]);

@@ -7,6 +7,7 @@
 #ifndef FA_CPU_TILE_H
 #define FA_CPU_TILE_H
 
+#include <float.h>
 #include <string.h>
 
 #include "../common/fa_dtype.h"
@@ -74,6 +75,7 @@ typedef struct fa_lanes {
     int n, nv;              /* rows, and the vectors that hold them */
     int64_t first, last;    /* smallest and largest query among the rows */
     bool any;               /* some row lies within the sequence's length */
+    bool valid[BM];         /* the lane has a row, within the length; backward: that sees a key */
     int64_t head[BM];       /* absolute query head; lanes past n repeat the last row */
     int32_t query[BM];
     int32_t bh[BM];         /* b * HQ + head, for dropout */
@@ -94,6 +96,7 @@ static inline void lanes_init(fa_lanes *l, const fa_args *a, const fa_panels *pa
         l->query[i] = (int32_t)q;
         l->bh[i] = (int32_t)(b * a->q.size[1] + l->head[i]);
         l->pos[i] = (int32_t)(q + span->offset);
+        l->valid[i] = i < l->n && q < span->q_len;
         l->first = fa_min64(l->first, q);
         l->last = fa_max64(l->last, q);
         if (a->alibi.data) {
@@ -107,16 +110,10 @@ static inline void lanes_init(fa_lanes *l, const fa_args *a, const fa_panels *pa
     l->last = fa_min64(l->last, span->q_len - 1);
 }
 
-FA_INLINE bool lane_valid(const fa_lanes *l, const fa_span *span, int i)
-{
-    return i < l->n && l->query[i] < span->q_len;
-}
-
 /* ---- packing ---------------------------------------------------------------------------------------------------- */
 
 /* dst[unit][BM] <- the panel's rows of t, transposed: fp32, or pairs (d, d + 1) of bf16. Lanes without a row get 0. */
-FA_INLINE void pack_transposed(float *dst, const fa_lanes *l, const fa_span *span, const fa_tensor *t, int64_t b,
-                               fa_dtype dtype, bool pairs)
+FA_INLINE void pack_transposed(float *dst, const fa_lanes *l, const fa_tensor *t, int64_t b, fa_dtype dtype, bool pairs)
 {
     size_t size = dtype == FA_F32 ? 4 : 2;
     int64_t stride = t->stride[3], units = pairs ? (t->size[3] + 1) / 2 : t->size[3];
@@ -126,7 +123,7 @@ FA_INLINE void pack_transposed(float *dst, const fa_lanes *l, const fa_span *spa
             for (int i = 0; i < VL; i++) {
                 int lane = v * VL + i;
                 r[i] = v_zero();
-                if (!lane_valid(l, span, lane))
+                if (!l->valid[lane])
                     continue;
                 const char *row = row_of(t, b, l->head[lane], l->query[lane], size);
                 if (!pairs) {
@@ -232,10 +229,9 @@ FA_INLINE vf mask_values(const fa_tensor *m, const char *row, int64_t k, int n)
             x[i] = ((const uint8_t *)row)[(k + i) * stride];
         return v_select_bytes(x, v_zero(), hide);
     }
-    vf log2e = v_set1((float)FA_LOG2E);
-    if (stride == 0)
-        return v_mul(v_set1((float)fa_load(row, m->dtype, 0)), log2e);
-    return v_mul(load_f32(row, k, n, stride, m->dtype), log2e);
+    vf x = stride ? load_f32(row, k, n, stride, m->dtype) : v_set1((float)fa_load(row, m->dtype, 0));
+    vf y = v_max(v_set1(-FLT_MAX), v_mul(x, v_set1((float)FA_LOG2E))); /* the least float is a number, not -inf */
+    return v_select(v_eq(x, hide), hide, y);
 }
 
 FA_INLINE const char *mask_row(const fa_tensor *m, int64_t b, int64_t h, int64_t q)
