@@ -8,6 +8,14 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
+/* AMD's cores do a dot product of bf16 pairs as fast as an fp32 multiply-add, so at twice its rate; Intel's at a quarter
+ * of that (Sapphire Rapids: 76 against 139 GFLOP/s for whole kernels), so there fp32 serves bf16 better. */
+static bool dot_bf16_is_fast(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b != signature_INTEL_ebx;
+}
+
 static uint64_t enabled_state(void) /* register files the system saves: xgetbv(0) */
 {
     uint32_t lo, hi;
@@ -38,11 +46,21 @@ unsigned fa_cpu_detected(void)
     return flags;
 }
 #elif defined(__aarch64__)
+static bool dot_bf16_is_fast(void)
+{
+    return false;
+}
+
 unsigned fa_cpu_detected(void)
 {
     return FA_CPU_NEON;
 }
 #else
+static bool dot_bf16_is_fast(void)
+{
+    return false;
+}
+
 unsigned fa_cpu_detected(void)
 {
     return 0;
@@ -64,7 +82,7 @@ static unsigned allowed(void)
     for (size_t i = 0; value && i < sizeof levels / sizeof levels[0]; i++)
         if (!strcmp(value, levels[i].name))
             return levels[i].flags;
-    return ~0u;
+    return dot_bf16_is_fast() ? ~0u : ~(unsigned)FA_CPU_AVX512BF16;
 }
 
 /* -1: not looked yet. Racing first calls compute the same value. */

@@ -5,12 +5,16 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <array>
-#include <cmath>
+#include <chrono>
 #include <cstdlib>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "fa.h"
@@ -95,6 +99,53 @@ py::dict build_info()
     return info;
 }
 
+// ---- ceilings -------------------------------------------------------------------------------------------------------
+
+// The most that `threads` threads did in a second, of some attempts; work() returns how much one call did.
+template <class Work> double best_rate(int threads, const Work &work)
+{
+    constexpr int ATTEMPTS = 8;
+    double best = 0;
+    for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
+        std::vector<double> done(static_cast<size_t>(threads));
+        std::vector<std::thread> others;
+        const auto start = std::chrono::steady_clock::now();
+        for (int t = 1; t < threads; t++)
+            others.emplace_back([&, t] { done[static_cast<size_t>(t)] = work(t); });
+        done[0] = work(0);
+        for (std::thread &other : others)
+            other.join();
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        double sum = 0;
+        for (double d : done)
+            sum += d;
+        best = std::max(best, sum / seconds.count());
+    }
+    return best;
+}
+
+py::dict ceilings(std::optional<int> asked)
+{
+    constexpr int64_t STEPS = 1 << 22, FLOATS = 32 << 20; // 128 MiB a thread: more than it has of any cache
+    const int threads = asked ? *asked : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    if (threads < 1 || threads > 1024)
+        throw py::value_error("threads is " + std::to_string(threads) + ": it must be between 1 and 1024");
+    double fma, dot, read;
+    {
+        const py::gil_scoped_release others_may_run;
+        const std::vector<std::vector<float>> data(static_cast<size_t>(threads), std::vector<float>(FLOATS, 1.0f));
+        fma = best_rate(threads, [](int) { return fa_probe_fma(STEPS); });
+        dot = best_rate(threads, [](int) { return fa_probe_dot_bf16(STEPS); });
+        read = best_rate(threads, [&](int t) { return fa_probe_read(data[static_cast<size_t>(t)].data(), FLOATS); });
+    }
+    py::dict result;
+    result["threads"] = threads;
+    result["fma_gflops"] = fma * 1e-9;
+    result["dot_bf16_gflops"] = dot * 1e-9;
+    result["read_gbs"] = read * 1e-9;
+    return result;
+}
+
 // ---- plans ----------------------------------------------------------------------------------------------------------
 
 // The planner reads sizes, strides and dtypes, never data; but a tensor without an address would be absent.
@@ -143,7 +194,7 @@ py::dict dict_of(const fa_plan &p, const fa_args &a)
     d["workspace"] = p.workspace;
     d["flops"] = p.flops;
     d["bytes"] = p.bytes;
-    d["why"] = p.why;
+    d["why"] = std::string(p.why) + "; " + p.why_splits;
     d["report"] = report;
     return d;
 }
@@ -219,6 +270,10 @@ PYBIND11_MODULE(_C, m)
     m.def("cpu_flags", &cpu_flags, "Instruction sets: detected, and enabled (FLASHATTN_EXT_ISA masks them).");
     m.def("refresh_cpu", &refresh_cpu, "Reads FLASHATTN_EXT_ISA anew; ValueError if it holds anything unknown.");
     m.def("build_info", &build_info, "Version, compilers, flags, the torch built against, instruction sets, CUDA.");
+    m.def("ceilings", &ceilings,
+          "What `threads` threads can do here (None: one for each of the machine's): fp32 multiply-adds and bf16 dot "
+          "products in GFLOP/s (0: no such instruction), reading memory in GB/s. Takes a second; 128 MiB a thread.",
+          "threads"_a = py::none());
     m.def("plan", &plan,
           "The plan of a call on dense tensors: the fields of fa_plan (csrc/fa.h; sizes in bytes, flops and bytes of one "
           "call) and its report. mask_shape None = (B, HQ, SQ, SK); needs: bits of the op `backward`. RuntimeError or "
