@@ -170,7 +170,8 @@ typedef enum fa_cpu_flags {
 /* What cpuid and xgetbv report. */
 unsigned fa_cpu_detected(void);
 /* The same, masked by the environment variable FLASHATTN_EXT_ISA = scalar | avx2 | avx512 | avx512bf16, the highest
- * instruction set to use. Read anew by fa_cpu_refresh, and at the first call. */
+ * instruction set to use; without it, all but those that are slower than a lower one on this processor. Read anew by
+ * fa_cpu_refresh, and at the first call. */
 unsigned fa_cpu_enabled(void);
 void fa_cpu_refresh(void);
 
