@@ -42,7 +42,7 @@ clean:
 # ---- .venv, step by step: a file in $(DONE) for each step that is done ---------------------------------------------
 
 $(DONE)/venv:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; PYTHON= chooses it")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: set PYTHON")'
 	$(PYTHON) -m venv $(VENV)
 	mkdir -p $(DONE)
 	touch $@

@@ -3,7 +3,7 @@
   flashattn_ext/libflashattn_ext.so   the ops, on torch's stable ABI, with the whole C core; free of Python
   flashattn_ext/_C.*.so               pybind11: plans, kernels, CPU flags, build info
 
-CC and CXX choose the compilers; FA_CUDA=0 or 1 decides about CUDA (unset: as torch). Everything else is in pyproject.toml.
+CC and CXX choose the compilers; FA_CUDA=0 or 1 decides about CUDA (unset: as torch). The rest is in pyproject.toml.
 """
 
 import os
@@ -46,7 +46,8 @@ def require_compilers():
     for variable, default, language in (("CC", "cc", "C"), ("CXX", "c++", "C++")):
         compiler = os.environ.setdefault(variable, default)
         if not shutil.which(compiler.split()[0]):
-            fail(f"no {language} compiler: '{compiler}' was not found; install gcc and g++ (or clang), or set {variable}.")
+            fail(f"no {language} compiler: '{compiler}' was not found; install gcc and g++ (or clang), or set "
+                 f"{variable}.")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         fail(f"the headers of Python {sys.version_info.major}.{sys.version_info.minor} are missing "
              "(Python.h): install Python's development package.")
@@ -100,7 +101,7 @@ def extensions():
         **common)
     # Linked against the op library (build_extension says where it lies), which lies beside it once installed.
     module = Extension(MODULE, ["csrc/torch/torch_module.cpp"], libraries=["flashattn_ext"],
-                       extra_link_args=["-Wl,-rpath,$ORIGIN"], **common)
+                       extra_link_args=["-pthread", "-Wl,-rpath,$ORIGIN"], **common)
     return [ops, module]
 
 

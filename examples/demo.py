@@ -162,7 +162,7 @@ def table_rows(results: dict) -> list[list[str]]:
     return rows
 
 
-def notes(results: dict) -> list[str]:
+def notes(results: dict, dtype: str) -> list[str]:
     """What the figures mean and what they do not."""
     any_run = next(iter(results.values()))
     cache = any_run["kv_cache_bytes"] / 2**20
@@ -173,6 +173,10 @@ def notes(results: dict) -> list[str]:
     if share > 0.1:
         lines.append(f"Eager's time is not all arithmetic: {share:.0%} of its processor time in the prefill was the "
                      "system's, for page faults of its S x S arrays.")
+    sdpa = results.get("sdpa")
+    if sdpa and not sdpa.get("tokens_equal", True):
+        lines.append(f"In {dtype} rounding decides between words of nearly equal logits: torch's SDPA leaves eager's "
+                     f"tokens as well, after {sdpa['same_tokens']}.")
     lines.append("Over torch's SDPA a whole model gains at most attention's share of the prefill: about 24% at 2,000 "
                  "tokens, 40% at 4,000, 55% at 8,000. The rest is matrix products that are the same in all three.")
     return lines
@@ -198,7 +202,7 @@ def show(console, args, results: dict, errors: dict, reasons: list[str]) -> None
             answers.setdefault(result["answer"], []).append(LABELS[name])
         for text, names in answers.items():
             console.print(f"Answer ({', '.join(names)}): {text}", markup=False)
-        for line in notes(results):
+        for line in notes(results, args.dtype):
             console.print(f"- {line}", markup=False, highlight=False, style="dim")
     if reasons:
         for reason in reasons:
@@ -242,7 +246,7 @@ def parse_options(argv) -> argparse.Namespace:
     parser.add_argument("--file", help="read this text instead of Python's manual")
     parser.add_argument("--question", help="what to ask about the text")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
     if args.new < 1:
@@ -252,9 +256,17 @@ def parse_options(argv) -> argparse.Namespace:
                      "of them its own)")
     if args.file is not None and not Path(args.file).is_file():
         parser.error(f"--file {args.file}: no such file")
+    if args.device == "cuda" and not _has_gpu():
+        parser.error("--device cuda: torch finds no GPU here")
     if args.question is None:
         args.question = QUESTION_FILE if args.file else QUESTION_TOPICS
     return args
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def prepare(console) -> Path:

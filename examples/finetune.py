@@ -148,7 +148,7 @@ def main(argv=None) -> int:
         return 2
     loss, gradient, reasons = judge(results, calls, args.steps)
     losses = {name: result["losses"] for name, result in results.items()}
-    table = Table(title=f"{smollm.NAME}: {args.steps} steps of {args.tokens} tokens, float32")
+    table = Table(title=f"losses, {args.steps} steps of {args.tokens} tokens")
     for heading in ("step", *RUNS, "difference"):
         table.add_column(heading, justify="right")
     for step, (a, b) in enumerate(zip(losses["eager"], losses["flashattn_ext"]), start=1):

@@ -12,11 +12,11 @@ def _load():
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _TORCH:
         raise ImportError(f"flashattn_ext needs torch 2.10 or later, found {torch.__version__}")
     if not os.path.exists(_PATH):
-        raise ImportError("flashattn_ext is not built here: run `pip install --no-build-isolation -e .` in its source tree")
+        raise ImportError("flashattn_ext is not built: run `pip install --no-build-isolation -e .` in its source tree")
     try:
         torch.ops.load_library(_PATH)
     except OSError as error:
-        raise ImportError(f"the op library of flashattn_ext does not load under torch {torch.__version__}: {error}") from None
+        raise ImportError(f"flashattn_ext does not load under torch {torch.__version__}: {error}") from None
     try:
         from . import _C
     except ImportError as error:

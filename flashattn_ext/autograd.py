@@ -12,15 +12,16 @@ from . import batching, graph, ops
 _forward, _backward = ops.forward, ops.backward
 _transforms_active = torch._C._are_functorch_transforms_active
 
-_WAY_OUT = ("flashattn_ext.reference.attention differentiates any number of times and in both modes, and so does torch's "
-            "scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
+_WAY_OUT = ("flashattn_ext.reference.attention differentiates any number of times and in both modes, and so does "
+            "torch's scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
 
 
 @graph.whole
 def attention(*args):
     """The op `forward` with gradients: (out, lse) of its 15 arguments, in the order of the schema.
 
-    out (B, HQ, SQ, DV) and lse (B, HQ, SQ) are both differentiable with respect to query, key, value, attn_mask and sinks.
+    out (B, HQ, SQ, DV) and lse (B, HQ, SQ) are both differentiable with respect to query, key, value, attn_mask and
+    sinks.
     """
     if _transforms_active():
         return Attention.apply(*args)

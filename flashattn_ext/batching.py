@@ -47,8 +47,8 @@ def _fold_inputs(n, batch, args, in_dims, needs=0):
     args = list(args)
     for place in (0, 1, 2, _Q_SEQLENS, _KV_SEQLENS):
         args[place] = _fold(n, batch, args[place], in_dims[place])
-    # An unmapped mask of batch size 1 and unmapped sinks without a batch broadcast as they are, but the gradient of each
-    # mapped call is asked for, so then they are spread out.
+    # An unmapped mask of batch size 1 and unmapped sinks without a batch broadcast as they are; but where gradients are
+    # wanted, each mapped call has its own, so then they are spread out.
     mask, dim = args[_MASK], in_dims[_MASK]
     if mask is not None and (dim is not None or mask.shape[0] != 1 or needs & _NEED_MASK):
         args[_MASK] = _fold(n, batch, mask, dim)

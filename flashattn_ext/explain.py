@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from . import _C
-from .sdpa import check_scalars, normalise
+from .sdpa import check_scalars, check_tensors, normalise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +50,22 @@ def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
 
     Raises what the call itself would raise for these arguments.
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if isinstance(x, torch.Tensor) and x.device.type not in ("cpu", "meta"):
-            raise RuntimeError(f"{name} is on {x.device}, but this build plans for the CPU only: cpu or meta is allowed")
+    check_tensors(query, key, value)
     check_scalars(dropout_p, scale, softcap)
-    given = (query, key, value, attn_mask, sinks)
-    dtype = _dtype_in_force(query)
-    # dropout_p is left out, as it would draw a seed. On meta tensors nothing of this computes.
-    args, _, _ = normalise(*map(_on_meta, (query, key, value, attn_mask)), 0.0, is_causal, scale, enable_gqa, window,
-                           softcap, *map(_on_meta, (sinks, alibi_slopes, q_seqlens, kv_seqlens)))
-    q, k, v, mask = args[:4]
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.device.type not in ("cpu", "meta"):
+            raise RuntimeError(f"{name} is on {x.device}, but this build plans for the CPU only: cpu or meta is "
+                               "allowed")
+    needs = sum(1 << place for place, x in enumerate((query, key, value, attn_mask, sinks))
+                if isinstance(x, torch.Tensor) and x.requires_grad)
+    # On meta tensors nothing of this computes. dropout_p is left out, as it would draw a seed.
+    (q, k, v, mask, *_, left, right, bottom_right, _), _, _ = normalise(
+        *map(_on_meta, (query, key, value, attn_mask)), 0.0, is_causal, scale, enable_gqa, window, softcap,
+        *map(_on_meta, (sinks, alibi_slopes, q_seqlens, kv_seqlens)), device_type=query.device.type)
     _check_agreement(q, k, v)
-    left, right, bottom_right = args[11:14]
-    needs = sum(1 << place for place, x in enumerate(given) if isinstance(x, torch.Tensor) and x.requires_grad)
     plan = Plan(**_C.plan(
-        "backward" if backward else "forward", _name(dtype), *q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3],
-        v.shape[3], window_left=left, window_right=right, bottom_right=bottom_right, softcap=float(softcap),
+        "backward" if backward else "forward", _name(q.dtype), *q.shape[:2], k.shape[1], q.shape[2], k.shape[2],
+        q.shape[3], v.shape[3], window_left=left, window_right=right, bottom_right=bottom_right, softcap=float(softcap),
         dropout_p=float(dropout_p), mask_dtype=None if mask is None else _name(mask.dtype),
         mask_shape=None if mask is None else list(mask.shape), has_sinks=sinks is not None,
         has_alibi=alibi_slopes is not None, needs=needs or 7, threads=torch.get_num_threads()))
@@ -75,14 +75,6 @@ def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
 
 def _on_meta(x):
     return x.detach().to("meta") if type(x) in (torch.Tensor, torch.nn.Parameter) else x
-
-
-def _dtype_in_force(query):
-    """The dtype of the call: autocast's where it would cast."""
-    kind = getattr(query, "device", torch.device("cpu")).type
-    if kind == "cpu" and torch.is_autocast_enabled(kind) and query.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return torch.get_autocast_dtype(kind)
-    return query.dtype
 
 
 def _check_agreement(q, k, v):

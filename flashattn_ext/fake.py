@@ -1,4 +1,4 @@
-"""What the ops return, without computing it: shapes, dtypes and strides for torch.compile, torch.export and meta tensors."""
+"""What the ops return, without computing it: shapes, dtypes and strides for the compiler and for meta tensors."""
 
 import torch
 
@@ -6,6 +6,7 @@ import torch
 @torch.library.register_fake("flashattn_ext::forward")
 def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, dropout_seed, scale, softcap,
             window_left, window_right, bottom_right, dropout_p):
+    _require_one_device(query, key, value, attn_mask, sinks, alibi_slopes)
     out = _empty((*query.shape[:3], value.shape[3]), query)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty(query.shape[:3], dtype=lse_dtype)
@@ -20,6 +21,16 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, 
         return _empty(x.shape, x) if x is not sinks else x.new_empty(x.shape)
 
     return tuple(gradient(place, x) for place, x in enumerate((query, key, value, attn_mask, sinks)))
+
+
+def _require_one_device(query, key, value, *others):
+    """Tensors of several devices come here where one of them is on "meta"; else the kernels refuse them."""
+    if not query.device == key.device == value.device:
+        raise RuntimeError(f"query, key and value must be on the same device, got query on {query.device}, key on "
+                           f"{key.device} and value on {value.device}")
+    for name, x in zip(("attn_mask", "sinks", "alibi_slopes"), others):
+        if x is not None and x.device != query.device:
+            raise RuntimeError(f"{name} must be on the device of query, {query.device}, got {x.device}")
 
 
 def _empty(shape, like):

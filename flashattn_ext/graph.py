@@ -24,6 +24,6 @@ def mark():
         torch.compiler.allow_in_graph(function)
 
 
-# Has the tracer run `mark` when it meets a call of it; torch.compiler.assume_constant_result sets the same attribute, and
-# loads the compiler too.
+# Has the tracer run `mark` when it meets a call of it; torch.compiler.assume_constant_result sets the same attribute,
+# and loads the compiler too.
 mark._dynamo_marked_constant = True

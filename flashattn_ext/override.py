@@ -12,7 +12,7 @@ from .sdpa import scaled_dot_product_attention
 
 
 class use_as_sdpa(TorchFunctionMode, contextlib.ContextDecorator):  # noqa: N801  (reads as a function)
-    """Context manager, or decorator, in which torch.nn.functional.scaled_dot_product_attention is the one of this package.
+    """Context manager, or decorator, in which torch's scaled_dot_product_attention is the one of this package.
 
         with flashattn_ext.use_as_sdpa():
             model(inputs)
@@ -46,6 +46,6 @@ def _with_our_attention():
     return copy
 
 
-# While a mode handles a function, the calls inside that function do not come to the mode; so instead of this one, a copy
-# is called that knows another attention.
+# While a mode handles a function, the calls inside that function do not come to the mode; so instead of this one, a
+# copy is called that knows another attention.
 _multi_head_attention_forward = graph.whole(_with_our_attention())

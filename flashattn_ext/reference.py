@@ -45,7 +45,8 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     q, k, v = (x.expand(*batch, *x.shape[-3:]) for x in (q, k, v))
 
-    visible, is_row, distance = _positions(queries, keys, is_causal, window, q_seqlens, kv_seqlens, bottom_right, q.device)
+    visible, is_row, distance = _positions(queries, keys, is_causal, window, q_seqlens, kv_seqlens, bottom_right,
+                                           q.device)
     visible = visible.expand(*batch, heads, queries, keys)
 
     scores = _products(q, k) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -86,13 +87,14 @@ def _diagonal(attn_mask, is_causal, bottom_right):
                 raise ValueError("is_causal must be False when attn_mask is a CausalBias, got is_causal=True")
             return None, True, bottom_right or attn_mask.variant == CausalVariant.LOWER_RIGHT
     if is_causal:
-        raise RuntimeError("attn_mask and is_causal=True exclude each other: pass one of them, or a CausalBias as attn_mask")
+        raise RuntimeError("attn_mask and is_causal=True exclude each other: pass one of them, or a CausalBias as "
+                           "attn_mask")
     return attn_mask, False, bottom_right
 
 
 def _positions(queries, keys, is_causal, window, q_seqlens, kv_seqlens, bottom_right, device):
-    """What follows from positions alone, each broadcastable to (*batch, H, SQ, SK): does query i see key j (bool), is i a
-    row of its sequence (bool), and the distance |i + offset - j|."""
+    """What follows from positions alone, each broadcastable to (*batch, H, SQ, SK): does query i see key j (bool), is
+    i a row of its sequence (bool), and the distance |i + offset - j|."""
     i = torch.arange(queries, device=device).unsqueeze(-1)
     j = torch.arange(keys, device=device)
     q_len = queries if q_seqlens is None else q_seqlens.long()[..., None, None, None]
@@ -117,16 +119,16 @@ def _repeat_heads(x, heads, enable_gqa):
     if own == heads:
         return x
     if not enable_gqa or own == 0 or heads % own:
-        raise RuntimeError(f"key and value must have as many heads as query ({heads}), or with enable_gqa=True a divisor "
-                           f"of it; got {own} with enable_gqa={enable_gqa}")
+        raise RuntimeError(f"key and value must have as many heads as query ({heads}), or with enable_gqa=True a "
+                           f"divisor of it; got {own} with enable_gqa={enable_gqa}")
     return x.repeat_interleave(heads // own, dim=-3)
 
 
 def _products(q, k):
     """Q K^T where a row of Q or K that is not finite touches its own products only, in the gradients too.
 
-    The gradient of a matrix product multiplies every row of K, also those whose products are hidden, and 0 * NaN is NaN.
-    So rows that are not finite are left out of the product, and their own products are set from outside.
+    The gradient of a matrix product multiplies every row of K, also those whose products are hidden, and 0 * NaN is
+    NaN. So rows that are not finite are left out of the product, and their own products are set from outside.
     """
     q_finite, k_finite = (x.isfinite().all(-1, keepdim=True) for x in (q, k))
     finite = torch.where(q_finite, q, 0.0) @ torch.where(k_finite, k, 0.0).transpose(-1, -2)

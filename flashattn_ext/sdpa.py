@@ -36,24 +36,27 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     attn_mask and sinks; reproducible bit for bit.
 
     Args:
-        query: (..., HQ, SQ, D), key: (..., HK, SK, D), value: (..., HV, SK, DV); any strides. 2-D tensors have no heads.
-            Batch dimensions broadcast. More than one of them are merged: that is a view, except where a tensor is
-            broadcast over a part of them, which copies it.
-        attn_mask: broadcastable to (..., HQ, SQ, SK), at least 2-D. bool: True = attend. float32 or query's dtype: added
-            to the scaled scores, and differentiable. Read through its strides, never expanded, unless several batch
-            dimensions are merged and it is broadcast over a part of them. Or a torch.nn.attention.bias.CausalBias.
+        query: (..., HQ, SQ, D), key: (..., HK, SK, D), value: (..., HV, SK, DV); any strides. 2-D tensors have no
+            heads. Batch dimensions broadcast. More than one of them are merged: that is a view, except where a tensor
+            is broadcast over a part of them, which copies it.
+        attn_mask: broadcastable to (..., HQ, SQ, SK), at least 2-D. bool: True = attend. float32 or query's dtype:
+            added to the scaled scores, and differentiable. Read through its strides, never expanded, unless several
+            batch dimensions are merged and it is broadcast over a part of them. Or a CausalBias of
+            torch.nn.attention.bias.
         dropout_p: probability in [0, 1] of dropping a weight; the seed comes from torch's default CPU generator.
         is_causal: query i sees keys 0..i, the top-left alignment. Not together with attn_mask.
         scale: factor of Q K^T, finite; None = 1 / sqrt(D).
         enable_gqa: lets HK and HV be divisors of HQ: query head h reads head h // (HQ / HK). Where HK != HV, both are
             copied out to their least common multiple.
-        window: (left, right) in keys: query i sees keys i - left .. i + right; None or -1 = unbounded on that side. Counted
-            from the diagonal in force: top-left, or bottom-right under a lower-right CausalBias. Joins is_causal.
+        window: (left, right) in keys: query i sees keys i - left .. i + right; None or -1 = unbounded on that side.
+            Counted from the diagonal in force: top-left, or bottom-right under a lower-right CausalBias. Joins
+            is_causal.
         softcap: s -> softcap * tanh(s / softcap) after the scale and before bias and mask; 0 = off.
         sinks: (HQ,) or (..., HQ), float32 or query's dtype: logits that join the denominator only.
         alibi_slopes: (HQ,) or (..., HQ), float32 or query's dtype: adds -slope * |i + offset - j|; no gradient.
-        q_seqlens, kv_seqlens: int32 or int64 of the batch dimensions. Rows at and past q_seqlens give 0, log-sum-exp -inf
-            and no gradient; keys at and past kv_seqlens are never read. A lower-right CausalBias aligns the lengths' ends.
+        q_seqlens, kv_seqlens: int32 or int64 of the batch dimensions. Rows at and past q_seqlens give 0, log-sum-exp
+            -inf and no gradient; keys at and past kv_seqlens are never read. A lower-right CausalBias aligns the ends
+            of the lengths.
         return_lse: also return the log-sum-exp of each row's scores, in nats.
 
     Returns:
@@ -69,8 +72,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 
     Source: Dao et al., "FlashAttention", 2022, and Dao, "FlashAttention-2", 2023.
     """
-    # The short way, for calls that need nothing of what normalise settles: its cost is a large part of a tiny call. What
-    # the op refuses goes the long way after all, which settles it or refuses it in the words of this function.
+    # The short way, for calls that need nothing of what normalise settles: its cost is a large part of a tiny call.
+    # What the op refuses goes the long way after all, which settles it or refuses it in the words of this function.
     if (attn_mask is None and window is None and sinks is None and alibi_slopes is None and q_seqlens is None
             and kv_seqlens is None and not dropout_p and not softcap and not return_lse
             and not is_dynamo_compiling() and type(query) is type(key) is type(value) is Tensor
@@ -83,11 +86,23 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         except (RuntimeError, IndexError):
             pass
 
-    args, batch, has_heads = normalise(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window,
-                                       softcap, sinks, alibi_slopes, q_seqlens, kv_seqlens)
+    return _the_long_way(return_lse, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window,
+                         softcap, sinks, alibi_slopes, q_seqlens, kv_seqlens)
+
+
+def _the_long_way(return_lse, *call):
+    state = None
     if is_dynamo_compiling():
         graph.mark()
-    out, lse = attention(*args)
+    elif call[4] > 0:  # dropout_p
+        state = torch.get_rng_state()
+    args, batch, has_heads = normalise(*call)
+    try:
+        out, lse = attention(*args)
+    except RuntimeError:
+        if state is not None:  # a refused call leaves the generator as it was
+            torch.set_rng_state(state)
+        raise
     if len(batch) != 1:
         out, lse = out.reshape(*batch, *out.shape[1:]), lse.reshape(*batch, *lse.shape[1:])
     if not has_heads:
@@ -105,14 +120,18 @@ def set_deterministic(mode=True):
 
 
 def normalise(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, sinks,
-              alibi_slopes, q_seqlens, kv_seqlens):
-    """The op's 15 arguments for a call; the batch dimensions that its results have instead of B; do they have heads?"""
-    _check_tensors(query, key, value)
+              alibi_slopes, q_seqlens, kv_seqlens, device_type=None):
+    """The op's 15 arguments for a call; the batch dimensions that its results have instead of B; do they have heads?
+
+    device_type: whose autocast is in force, where it is not that of query.
+    """
+    check_tensors(query, key, value)
     check_scalars(dropout_p, scale, softcap)
     attn_mask, is_causal, bottom_right = _diagonal(attn_mask, is_causal, query, key)
     left, right = _window(window, is_causal)
 
-    query, key, value, attn_mask, sinks, alibi_slopes = _autocast(query, key, value, attn_mask, sinks, alibi_slopes)
+    query, key, value, attn_mask, sinks, alibi_slopes = _autocast(
+        device_type or query.device.type, query, key, value, attn_mask, sinks, alibi_slopes)
     has_heads = max(query.dim(), key.dim(), value.dim()) > 2
     query, key, value = _with_heads(query), _with_heads(key), _with_heads(value)
     key, value = _match_heads(query.shape[-3], key, value, enable_gqa)
@@ -155,11 +174,12 @@ def _diagonal(attn_mask, is_causal, query, key):
                 raise ValueError("is_causal must be False when attn_mask is a CausalBias, got is_causal=True")
             own, full = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
             if own != full:
-                raise RuntimeError(f"attn_mask is a CausalBias for {own[0]} queries and {own[1]} keys, but query and key "
-                                   f"have {full[0]} and {full[1]}")
+                raise RuntimeError(f"attn_mask is a CausalBias for {own[0]} queries and {own[1]} keys, but query and "
+                                   f"key have {full[0]} and {full[1]}")
             return None, True, attn_mask.variant == CausalVariant.LOWER_RIGHT
     if is_causal:
-        raise RuntimeError("attn_mask and is_causal=True exclude each other: pass one of them, or a CausalBias as attn_mask")
+        raise RuntimeError("attn_mask and is_causal=True exclude each other: pass one of them, or a CausalBias as "
+                           "attn_mask")
     return attn_mask, False, False
 
 
@@ -169,18 +189,18 @@ def _window(window, is_causal):
     if window is not None:
         try:
             left, right = (-1 if side is None else side for side in window)
-            valid = left >= -1 and right >= -1
         except (TypeError, ValueError):
-            valid = False
-        if not valid:
-            raise ValueError(f"window must be None or (left, right), each None or an integer of at least -1, got {window}")
+            left = None
+        if not all(isinstance(side, (int, torch.SymInt)) and side >= -1 for side in (left, right)):
+            raise ValueError("window must be None or (left, right), each None or an integer of at least -1, "
+                             f"got {window}")
     return min(left, _FAR), 0 if is_causal else min(right, _FAR)
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(query, key, value):
+def check_tensors(query, key, value):
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -189,20 +209,18 @@ def _check_tensors(query, key, value):
                            f"got {query.dim()}, {key.dim()} and {value.dim()}")
 
 
-def _autocast(query, key, value, attn_mask, sinks, alibi_slopes):
-    kind = query.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+def _autocast(device_type, query, key, value, attn_mask, sinks, alibi_slopes):
+    """The tensors in the dtypes that autocast gives them; it leaves float64 as it is."""
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return query, key, value, attn_mask, sinks, alibi_slopes
-    dtype = torch.get_autocast_dtype(kind)
 
-    def cast(x, dtype, exempt):
-        if x is None or not x.is_floating_point() or x.dtype in exempt or x.device.type != kind:
-            return x
-        return x.to(dtype)
+    def cast(x, dtype, *exempt):
+        return x if x is None or not x.is_floating_point() or x.dtype in exempt else x.to(dtype)
 
-    query, key, value = (cast(x, dtype, (torch.float64,)) for x in (query, key, value))
+    dtype = torch.get_autocast_dtype(device_type)
+    query, key, value = (cast(x, dtype, torch.float64) for x in (query, key, value))
     # The kernels read these in float32 beside any query, so casting them would only lose digits.
-    others = (cast(x, query.dtype, (torch.float64, torch.float32)) for x in (attn_mask, sinks, alibi_slopes))
+    others = (cast(x, query.dtype, torch.float64, torch.float32) for x in (attn_mask, sinks, alibi_slopes))
     return query, key, value, *others
 
 
@@ -219,8 +237,8 @@ def _match_heads(heads, key, value, enable_gqa):
         raise RuntimeError(f"query, key and value must have the same number of heads, got {heads}, {key_heads} and "
                            f"{value_heads}; enable_gqa=True allows key and value a divisor of the query's")
     if any(own == 0 or heads % own for own in (key_heads, value_heads)):
-        raise RuntimeError(f"with enable_gqa=True the heads of key and value must each divide the query's, got {heads} of "
-                           f"query, {key_heads} of key and {value_heads} of value")
+        raise RuntimeError("with enable_gqa=True the heads of key and value must each divide the query's, got "
+                           f"{heads} of query, {key_heads} of key and {value_heads} of value")
     if key_heads != value_heads:
         common = math.lcm(key_heads, value_heads)
         key, value = (x.repeat_interleave(common // x.shape[-3], dim=-3) for x in (key, value))
@@ -243,7 +261,7 @@ def _merge(x, batch, inner):
     if len(batch) == 1 and x.dim() == inner + 1 and x.shape[0] == batch[0]:
         return x
     rest = x.shape[x.dim() - inner:]
-    return x.expand(*batch, *rest).reshape(math.prod(batch), *rest)
+    return x.expand((*batch, *rest)).reshape(math.prod(batch), *rest)
 
 
 def _mask(mask, batch, has_heads, query, key):
@@ -253,12 +271,11 @@ def _mask(mask, batch, has_heads, query, key):
     full = (*batch, query.shape[1], query.shape[2], key.shape[2]) if has_heads else (query.shape[2], key.shape[2])
     if not 2 <= mask.dim() <= len(full) or any(
             own != 1 and own != size for own, size in zip(reversed(mask.shape), reversed(full))):
-        raise RuntimeError(f"attn_mask must have at least 2 dimensions and broadcast to (..., HQ, SQ, SK) = {full}, "
-                           f"got {tuple(mask.shape)}")
-    shape = (1,) * (len(batch) + 3 - mask.dim()) + mask.shape
-    if math.prod(shape[:-3]) == 1:
-        return mask.reshape(1, *shape[-3:])
-    return _merge(mask.reshape(shape), batch, 3)
+        raise RuntimeError("attn_mask must have at least 2 dimensions and broadcast to (..., HQ, SQ, SK) = "
+                           f"{full}, got {tuple(mask.shape)}")
+    if math.prod(mask.shape[:-3]) == 1:
+        return mask.reshape((1, 1, *mask.shape)[-4:])
+    return _merge(mask, batch, 3)
 
 
 def _per_head(x, name, batch):

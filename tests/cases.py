@@ -12,7 +12,8 @@ FLOATS = ("float32", "bfloat16", "float16")
 DTYPES = FLOATS + ("float64",)
 # One below, at and above the sizes of the kernels' tiles: 6 keys, 16 or 64 queries, blocks of 96 and 192.
 EDGES = (1, 2, 5, 6, 7, 15, 16, 17, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 193)
-HEAD_DIMS = (1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 40, 63, 64, 65, 72, 80, 96, 100, 127, 128, 129, 192, 255, 256, 257, 511, 512)
+HEAD_DIMS = (1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 40, 63, 64, 65, 72, 80, 96, 100, 127, 128, 129, 192, 255, 256, 257, 511,
+             512)
 LAYOUTS = ("bhsd", "bshd", "packed", "strided", "transposed", "expanded", "offset")
 
 
@@ -79,7 +80,7 @@ class Inputs:
         return Inputs(change("query", self.query), change("key", self.key), change("value", self.value), options)
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------------------
+# ---- layouts ---------------------------------------------------------------------------------------------------------
 
 
 def arrange(x, layout):
@@ -99,13 +100,14 @@ def arrange(x, layout):
     elif layout == "strided":  # last stride 2, rows apart
         view = x.new_full((B, H, 2 * S + 1, 2 * D + 1), nan)[:, :, 1:2 * S:2, 1:2 * D:2]
     elif layout == "offset":  # an odd storage offset, and rows longer than D
-        view = x.new_full((B * H * S * (D + 1) + 1,), nan).as_strided((B, H, S, D), (H * S * (D + 1), S * (D + 1), D + 1, 1), 1)
+        strides = (H * S * (D + 1), S * (D + 1), D + 1, 1)
+        view = x.new_full((B * strides[0] + 1,), nan).as_strided((B, H, S, D), strides, 1)
     else:
         raise ValueError(f"layout {layout!r}; allowed: {LAYOUTS}")
     return view.copy_(x)
 
 
-# ---- options ----------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def _bool_mask(case, g, *shape):

@@ -12,7 +12,7 @@ import flashattn_ext as fa
 import naive
 from cases import build, upstream
 
-# Units in the last place (eps) of the largest reference value that are forgiven: where eager is exact by luck, e.g. with
+# Units in the last place (eps) of the largest reference value that are forgiven: where eager is exact by luck, as with
 # one key, a correct kernel still rounds. Sums of float32 and float64 have more to round than the one rounding of a
 # half-precision result.
 ULPS = {torch.float64: 64, torch.float32: 16, torch.float16: 1.5, torch.bfloat16: 1.5}
@@ -25,7 +25,7 @@ def eager(query, key, value, **options):
 
 
 def differentiate(function, inputs, grads, needs=None):
-    """Calls function(query, key, value, **options) -> (out, lse) and backward with grads = (grad_out, grad_lse or None).
+    """Calls function(query, key, value, **options) -> (out, lse), and backward with grads (grad_out, grad_lse or None).
 
     Returns {"out", "lse", "grad_query", ...} for the inputs named in needs (all floats() by default)."""
     named = inputs.floats()
@@ -94,8 +94,9 @@ def check(name, got, ref, eager_result, dtype):
         bar = 2 * theirs + small
         if not mine <= bar:
             at, a, b = where_worst(got, ref)
-            raise AssertionError(f"{name}: {kind} error {mine:.3e} > {bar:.3e} = 2 * eager's {theirs:.3e} + {small:.1e} "
-                                 f"({ulps} ulp of {got.dtype}); worst at {at}: {a!r}, reference {b!r}")
+            rule = f"2 * eager's {theirs:.3e} + {small:.1e}, {ulps} ulp of {got.dtype}"
+            raise AssertionError(f"{name}: {kind} error {mine:.3e} > {bar:.3e} = {rule}; worst at {at}: {a!r}, "
+                                 f"reference {b!r}")
 
 
 def check_all(results, ref, eager_results, dtype):
@@ -131,9 +132,11 @@ def kept_after(seed, p, B, HQ, SQ, SK):
     return fa.reference.attention(*flat, dropout_p=p) != 0
 
 
-def check_case(case, device="cpu", backward=True, needs=None, seed=1234):
-    """Builds a case, runs ours forward and backward, and holds every result to the rule. Returns ours."""
-    inputs, grads = build(case, device), upstream(case, device)
+def check_case(case, device="cpu", backward=True, needs=None, seed=1234, change=lambda name, x: x):
+    """Builds a case, runs ours forward and backward, and holds every result to the rule. Returns ours.
+
+    change(name, tensor) may put the tensors elsewhere in memory, not change their values."""
+    inputs, grads = build(case, device).map(change), upstream(case, device)
     needs = needs if backward else ()
     p, keep = inputs.options.get("dropout_p", 0.0), None
     if p:

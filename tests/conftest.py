@@ -2,7 +2,7 @@
 
 import os
 
-# Threads that wait must not spin: on a shared machine that takes the cores from the ones that work. Read when torch loads.
+# Threads that wait must not spin: on a shared machine that takes the cores from those that work. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
@@ -51,7 +51,8 @@ def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
     if report.failed:
-        report.sections.append(("seeds", f"torch seed of this test: {SEED}; FLASHATTN_EXT_TEST_SEED={SEED} gives it again"))
+        text = f"torch seed of this test: {SEED}; FLASHATTN_EXT_TEST_SEED={SEED} gives it again"
+        report.sections.append(("seeds", text))
 
 
 @pytest.fixture(autouse=True)

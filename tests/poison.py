@@ -1,4 +1,4 @@
-"""Poison for what must not be read or left unwritten: NaN, infinity and huge values in memory that a kernel may not use."""
+"""Poison for what must not be read or left unwritten: NaN, infinity and huge values where a kernel may not look."""
 
 import contextlib
 import ctypes

@@ -58,13 +58,14 @@ def test_value_dim_differs(dims, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("options", [(), ("causal", "kv_lengths", "q_lengths"), ("lower_right", "window_left", "dropout"),
+@pytest.mark.parametrize("options", [(), ("causal", "kv_lengths", "q_lengths"),
+                                     ("lower_right", "window_left", "dropout"),
                                      ("bias_head", "sinks")], ids="+".join)
 def test_many_blocks(options, dtype, device):
     check_case(Case(B=1, HQ=2, HK=1, SQ=431, SK=389, D=40, dtype=dtype, options=options), device)
 
 
-# ---- gradcheck: the function against its own finite differences, without the reference ---------------------------------
+# ---- gradcheck: the function against its own finite differences, without the reference -------------------------------
 
 GRADCHECK = [o for o in ALONE + TOGETHER if "dropout" not in o]
 
@@ -99,7 +100,7 @@ def test_gradcheck_with_batched_gradients(options):
     assert torch.autograd.gradcheck(call, leaves, check_batched_grad=True, fast_mode=True)
 
 
-# ---- only what is asked for ---------------------------------------------------------------------------------------------
+# ---- only what is asked for ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("needs", [("query",), ("key",), ("value",), ("attn_mask",), ("sinks",), ("query", "value"),
@@ -141,10 +142,12 @@ def test_no_gradient_no_graph(device):
         assert not SDPA(inputs.query, inputs.key, inputs.value).requires_grad
 
 
-# ---- masks -------------------------------------------------------------------------------------------------------------
+# ---- masks -----------------------------------------------------------------------------------------------------------
 
-MASK_SHAPES = [(2, 4, 19, 35), (1, 4, 19, 35), (2, 1, 19, 35), (2, 4, 1, 35), (2, 4, 19, 1), (1, 1, 19, 35), (2, 1, 1, 35),
-               (1, 4, 1, 1), (2, 1, 1, 1), (1, 1, 1, 1), (4, 19, 35), (1, 19, 35), (4, 1, 35), (19, 35), (1, 35), (19, 1), (1, 1)]
+MASK_SHAPES = [(2, 4, 19, 35), (1, 4, 19, 35), (2, 1, 19, 35), (2, 4, 1, 35), (2, 4, 19, 1), (1, 1, 19, 35),
+               (2, 1, 1, 35),
+               (1, 4, 1, 1), (2, 1, 1, 1), (1, 1, 1, 1), (4, 19, 35), (1, 19, 35), (4, 1, 35), (19, 35), (1, 35),
+               (19, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,7 +175,7 @@ def test_gradient_of_a_float32_mask_keeps_its_dtype(dtype, device):
     assert got["grad_attn_mask"].dtype == torch.float32
 
 
-# ---- log-sum-exp ---------------------------------------------------------------------------------------------------------
+# ---- log-sum-exp -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,7 +200,7 @@ def test_gradient_through_out_alone_with_lse_returned(device):
     check_all(got, *expected(inputs, (grad_out, None), torch.float32), torch.float32)
 
 
-# ---- rows and keys that see nothing --------------------------------------------------------------------------------------
+# ---- rows and keys that see nothing ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,7 +209,8 @@ def test_everything_hidden(SQ, dtype, device):
     """No row sees a key: output 0, log-sum-exp -inf, every gradient 0."""
     case = Case(SQ=SQ, dtype=dtype)
     inputs, grads = build(case, device), upstream(case, device)
-    for options in ({"attn_mask": torch.zeros(SQ, 35, dtype=torch.bool)}, {"kv_seqlens": torch.zeros(2, dtype=torch.int32)},
+    for options in ({"attn_mask": torch.zeros(SQ, 35, dtype=torch.bool)},
+                    {"kv_seqlens": torch.zeros(2, dtype=torch.int32)},
                     {"attn_mask": torch.full((SQ, 35), -math.inf, dtype=case.torch_dtype)}):
         inputs.options = options
         got = differentiate(ours, inputs, grads)
@@ -256,7 +260,7 @@ def test_zero_upstream_gradient_gives_exact_zeros(device):
     assert all((got[name] == 0).all() for name in got if name.startswith("grad_"))
 
 
-# ---- upstream gradients in any layout ------------------------------------------------------------------------------------
+# ---- upstream gradients in any layout --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -265,7 +269,8 @@ def test_upstream_gradient_in_any_layout(dtype, device):
     case = Case(dtype=dtype, SQ=33)
     inputs, (grad_out, grad_lse) = build(case, device), upstream(case, device)
     one = (torch.ones((), dtype=case.torch_dtype).expand(2, 2, 33, 16), torch.ones(()).expand(2, 2, 33))
-    swapped = (grad_out.transpose(2, 3).contiguous().transpose(2, 3), grad_lse.transpose(0, 2).contiguous().transpose(0, 2))
+    swapped = (grad_out.transpose(2, 3).contiguous().transpose(2, 3),
+               grad_lse.transpose(0, 2).contiguous().transpose(0, 2))
     wide = (torch.full((2, 2, 66, 33), math.nan, dtype=case.torch_dtype)[:, :, ::2, 1::2].copy_(grad_out), grad_lse)
     for strided in (one, swapped, wide):
         plain = differentiate(ours, inputs, tuple(g.contiguous() for g in strided))
@@ -338,7 +343,8 @@ def test_lower_right_bias_aligns_the_ends_of_the_lengths(device):
     for b in range(3):
         nq, nk = int(q_len[b]), int(k_len[b])
         q = inputs.query[b:b + 1, :, :nq].detach().requires_grad_()
-        want = naive.attention(q, inputs.key[b:b + 1, :, :nk], inputs.value[b:b + 1, :, :nk], causal_lower_right(nq, nk))[0]
+        k, v = inputs.key[b:b + 1, :, :nk], inputs.value[b:b + 1, :, :nk]
+        want = naive.attention(q, k, v, causal_lower_right(nq, nk))[0]
         torch.testing.assert_close(out[b:b + 1, :, :nq], want)
         torch.testing.assert_close(grad[b:b + 1, :, :nq], torch.autograd.grad(want.square().sum(), q)[0])
         assert (out[b, :, nq:] == 0).all() and (grad[b, :, nq:] == 0).all()

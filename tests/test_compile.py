@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.nn.attention.bias import causal_lower_right
 
 import flashattn_ext as fa
@@ -36,7 +36,7 @@ def assert_same(got, want):
         assert got[name].stride() == want[name].stride(), name
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids="+".join)
@@ -62,7 +62,8 @@ def test_one_graph_without_gradients(options):
 def test_inductor():
     """The whole way to machine code, in a small model with views, a norm and a residual around the attention."""
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict(dict(qkv=torch.nn.Linear(32, 96), norm=torch.nn.LayerNorm(32), out=torch.nn.Linear(32, 32)))
+    parts = dict(qkv=torch.nn.Linear(32, 96), norm=torch.nn.LayerNorm(32), out=torch.nn.Linear(32, 32))
+    model = torch.nn.ModuleDict(parts)
 
     def block(x):
         q, k, v = model["qkv"](model["norm"](x)).view(2, 24, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind()
@@ -78,36 +79,36 @@ def test_inductor():
 
 
 def test_dynamic_shapes_compile_once():
-    counter = CompileCounterWithBackend("aot_eager")
-    function = compiled(backend=counter, dynamic=True)
-    for B, SQ, SK in ((2, 17, 33), (3, 40, 21), (5, 9, 100), (2, 64, 65)):
+    function, graphs = compiled(dynamic=True), []
+    for B, SQ, SK in ((3, 17, 33), (5, 40, 21), (7, 9, 100), (3, 64, 65)):  # sizes equal at first are held equal
         case = Case(B=B, HQ=4, HK=2, SQ=SQ, SK=SK, options=("causal",))
         inputs, grads = build(case), upstream(case)
         assert_same(differentiate(function, inputs, grads), differentiate(ours, inputs, grads))
-    assert counter.frame_count == 1
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 4, f"compiled again: {graphs}"
 
 
 def test_marked_dynamic_length_with_a_mask():
-    counter = CompileCounterWithBackend("aot_eager")
-    function = compiled(lambda q, k, v, m: SDPA(q, k, v, m), backend=counter)
+    function, graphs = compiled(lambda q, k, v, m: SDPA(q, k, v, m)), []
     for S in (11, 50, 97):
         q, k, v = torch.randn(3, 2, 2, S, 8).unbind()
         mask = torch.rand(2, 1, 1, S) > 0.2
         for x, dim in ((q, 2), (k, 2), (v, 2), (mask, 3)):
             torch._dynamo.mark_dynamic(x, dim)
         assert torch.equal(function(q, k, v, mask), SDPA(q, k, v, mask))
-    assert counter.frame_count == 1
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 3, f"compiled again: {graphs}"
 
 
-def test_one_query_after_many_compiles():
+def test_generation_compiles_twice():
     """A prompt, then single tokens: SQ = 1 is a second graph, the growing keys are none."""
-    counter = CompileCounterWithBackend("aot_eager")
-    function = compiled(lambda q, k, v: SDPA(q, k, v, enable_gqa=True), backend=counter, dynamic=True)
+    function, graphs = compiled(lambda q, k, v: SDPA(q, k, v, enable_gqa=True), dynamic=True), []
     k, v = torch.randn(2, 1, 2, 40, 8).unbind()
-    for SQ, SK in ((20, 20), (1, 21), (1, 22), (1, 30), (1, 40)):
-        q = torch.randn(1, 4, SQ, 8)
-        assert torch.equal(function(q, k[:, :, :SK], v[:, :, :SK]), SDPA(q, k[:, :, :SK], v[:, :, :SK], enable_gqa=True))
-    assert counter.frame_count <= 2
+    for SQ, SK in ((19, 20), (1, 21), (1, 22), (1, 30), (1, 40)):
+        given = torch.randn(1, 4, SQ, 8), k[:, :, :SK].contiguous(), v[:, :, :SK].contiguous()
+        assert torch.equal(function(*given), SDPA(*given, enable_gqa=True))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] + [graphs[1]] * 4, f"compiled again: {graphs}"
 
 
 def test_dropout_draws_anew_in_each_run():
@@ -169,7 +170,7 @@ def test_gradient_inside_a_graph():
     assert torch.equal(compiled(torch.func.grad(loss))(q), torch.func.grad(loss)(q))
 
 
-# ---- torch.export --------------------------------------------------------------------------------------------------------
+# ---- torch.export ----------------------------------------------------------------------------------------------------
 
 
 class Model(torch.nn.Module):
@@ -218,10 +219,11 @@ def test_ahead_of_time_autograd():
     got = torch.autograd.grad(out.square().sum(), (q, k, v))
     want = torch.autograd.grad(SDPA(q, k, v, is_causal=True).square().sum(), (q, k, v))
     assert all(torch.equal(a, b) for a, b in zip(got, want))
-    assert any("flashattn_ext.forward" in t for t in graphs[0]) and any("flashattn_ext.backward" in t for t in graphs[1])
+    for targets, op in zip(graphs, ("flashattn_ext.forward", "flashattn_ext.backward")):
+        assert any(op in target for target in targets), targets
 
 
-# ---- opcheck and fake tensors --------------------------------------------------------------------------------------------
+# ---- opcheck and fake tensors ----------------------------------------------------------------------------------------
 
 
 def op_arguments(case, seed=None):
@@ -231,7 +233,8 @@ def op_arguments(case, seed=None):
     left, right = options.get("window", (-1, -1))
     right = 0 if options.get("is_causal") else right
     return (inputs.query, inputs.key, inputs.value, options.get("attn_mask"), options.get("sinks"),
-            options.get("alibi_slopes"), options.get("q_seqlens"), options.get("kv_seqlens"), seed, options.get("scale"),
+            options.get("alibi_slopes"), options.get("q_seqlens"), options.get("kv_seqlens"), seed,
+            options.get("scale"),
             options.get("softcap", 0.0), left, -1 if right is None else right, False, options.get("dropout_p", 0.0))
 
 

@@ -55,7 +55,8 @@ def test_head_dims(D, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(64, 32), (32, 64), (192, 128), (1, 7), (7, 1), (65, 33), (16, 512), (512, 16), (3, 257)],
+@pytest.mark.parametrize("dims", [(64, 32), (32, 64), (192, 128), (1, 7), (7, 1), (65, 33), (16, 512), (512, 16),
+                                  (3, 257)],
                          ids=str)
 def test_value_dim_differs(dims, dtype, device):
     forward(Case(D=dims[0], DV=dims[1], SQ=17, SK=70, dtype=dtype, layout="packed"), device)
@@ -71,7 +72,8 @@ def test_few_queries_against_many_keys(SQ, options, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("options", [(), ("causal",), ("window_left", "causal"), ("kv_lengths", "q_lengths", "lower_right")],
+@pytest.mark.parametrize("options", [(), ("causal",), ("window_left", "causal"),
+                                     ("kv_lengths", "q_lengths", "lower_right")],
                          ids="+".join)
 def test_many_blocks(options, dtype, device):
     forward(Case(B=1, HQ=3, HK=1, SQ=451, SK=389, D=64, dtype=dtype, options=options), device)
@@ -108,7 +110,7 @@ def test_each_weight(S, options, dtype, device):
         assert excess <= 0, f"SQ {SQ}: a weight is {excess:.2e} further off than {relative:.2e} of itself"
 
 
-# ---- extreme values ----------------------------------------------------------------------------------------------------
+# ---- extreme values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -121,8 +123,8 @@ def test_scores_from_tiny_to_huge(size, dtype, device):
     want, want_lse = naive.attention(query.double(), inputs.key.double(), inputs.value.double())
     same, _ = eager(query, inputs.key, inputs.value)
     assert torch.isfinite(out).all() and torch.isfinite(lse).all()
-    error, bar = (out.double() - want).abs().max(), 2 * (same.double() - want).abs().max() + 16 * torch.finfo(out.dtype).eps
-    assert error <= bar
+    error, theirs = ((x.double() - want).abs().max() for x in (out, same))
+    assert error <= 2 * theirs + 16 * torch.finfo(out.dtype).eps
     assert ((lse.double() - want_lse).abs() <= 2e-5 * want_lse.abs().clamp_min(1) + 2.0**-12).all()
 
 
@@ -153,7 +155,7 @@ def test_values_near_the_largest_finite_number(dtype, device):
     torch.testing.assert_close(out, value[:, :, :5], rtol=1e-2, atol=0)
 
 
-# ---- unwritten and out-of-bounds memory --------------------------------------------------------------------------------
+# ---- unwritten and out-of-bounds memory ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -229,7 +231,7 @@ def test_nan_query_spoils_its_own_row_only(device):
     assert torch.equal(out[~spoiled], clean[~spoiled])
 
 
-# ---- dropout -------------------------------------------------------------------------------------------------------------
+# ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

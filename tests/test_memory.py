@@ -59,7 +59,7 @@ class TestPeak:
         assert extra - output < 200 * MiB, f"{(extra - output) / MiB:.0f} MiB beyond inputs and output"
 
     def test_no_matrix_of_scores_forward_or_backward(self):
-        """S = 8192: one byte a score would be 64 MiB. Allowed: three gradients and their fp32 sums, and 32 MiB of noise.
+        """S = 8192: one byte a score would be 64 MiB. Allowed: three gradients, their fp32 sums, and 32 MiB of noise.
 
         One process for all, as the high-water mark only grows: the first that is too much is the one told."""
         S, D = 8192, 32
@@ -91,15 +91,18 @@ for name, options in ways.items():
 
     def test_a_strided_view_is_not_copied(self):
         """K and V as views into a packed (B, S, 3, H, D) buffer: copies would be 32 MiB each."""
-        extra = peak("packed = torch.randn(1, 8192, 3, 16, 64); _, k, v = (x.transpose(1, 2) for x in packed.unbind(2))\n"
+        extra = peak("packed = torch.randn(1, 8192, 3, 16, 64)\n"
+                     "_, k, v = (x.transpose(1, 2) for x in packed.unbind(2))\n"
                      "q = torch.randn(1, 16, 4, 64)", "fa.scaled_dot_product_attention(q, k, v)")
         assert extra < 24 * MiB, f"{extra / MiB:.0f} MiB"
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
-DIMS = [(1, 1), (16, 16), (64, 64), (65, 63), (128, 128), (192, 128), (256, 256), (512, 512), (512, 1), (1, 512), (500, 301)]
-SHAPES = [(1, 1, 1, 1 << 20, 1 << 20), (8, 32, 8, 1, 1 << 17), (1, 64, 1, 1, 1 << 24), (2, 12, 12, 2048, 2048), (64, 16, 2, 7, 600),
+DIMS = [(1, 1), (16, 16), (64, 64), (65, 63), (128, 128), (192, 128), (256, 256), (512, 512),
+        (512, 1), (1, 512), (500, 301)]
+SHAPES = [(1, 1, 1, 1 << 20, 1 << 20), (8, 32, 8, 1, 1 << 17), (1, 64, 1, 1, 1 << 24),
+          (2, 12, 12, 2048, 2048), (64, 16, 2, 7, 600),
           (1, 1, 1, 3, 5), (1, 2, 1, 64, 1 << 22), (512, 128, 1, 1, 4096)]
 OPTIONS = [dict(), dict(window_right=0), dict(mask_dtype="bool", softcap=3.0, dropout_p=0.1),
            dict(mask_dtype="float32", has_sinks=True, has_alibi=True, window_left=100)]
@@ -114,7 +117,7 @@ def test_forward_workspace_is_at_most_2_mib_a_thread(isa, dtype, threads):
         for dims in DIMS:
             for options in OPTIONS:
                 plan = _C.plan("forward", dtype, *shape, *dims, threads=threads, **options)
-                seen = f"{plan['kernel']} {shape} {dims} {options}: {plan['thread_bytes']} bytes a thread, {plan['workspace']} in all"
+                seen = f"{plan['kernel']} {shape} {dims} {options}: {plan['thread_bytes']} a thread"
                 assert plan["thread_bytes"] <= 2 * MiB, seen
                 assert plan["workspace"] <= 2 * MiB * threads, seen
                 assert 1 <= plan["threads"] <= threads and plan["tasks"] >= 1, seen
@@ -145,7 +148,7 @@ def test_splits_are_the_same_for_any_number_of_threads():
                     assert plan[field] == plans[0][field], f"{op} {shape}: {field}"
 
 
-# ---- 64-bit offsets ----------------------------------------------------------------------------------------------------
+# ---- 64-bit offsets --------------------------------------------------------------------------------------------------
 
 
 def test_offsets_past_two_to_the_31_elements():

@@ -1,5 +1,5 @@
-"""The float64 reference itself, against formulas that share nothing with it: loops over Python floats, the matrix formula
-of naive.py, torch's own SDPA on its math path, and the published test vectors of the random numbers."""
+"""The float64 reference itself, against formulas that share nothing with it: loops over Python floats, the matrices of
+naive.py, torch's own SDPA on its math path, and the published test vectors of the random numbers."""
 
 import math
 
@@ -46,7 +46,8 @@ def by_hand(query, key, value, *, scale, causal=False, softcap=0.0, sink=None, s
 ], ids=str)
 def test_against_loops(options):
     g = torch.Generator().manual_seed(1)
-    query, key, value, bias = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((4, 3), (5, 3), (5, 2), (4, 5)))
+    query, key, value, bias = (torch.randn(shape, generator=g, dtype=torch.float64)
+                               for shape in ((4, 3), (5, 3), (5, 2), (4, 5)))
     given = dict(options, bias=bias.tolist() if options.get("bias") else None)
     want_out, want_lse = by_hand(query.tolist(), key.tolist(), value.tolist(), scale=0.6, **given)
     mask = bias if options.get("bias") else None
@@ -54,8 +55,8 @@ def test_against_loops(options):
         mask = torch.tensor([[(i, j) not in options["hidden"] for j in range(5)] for i in range(4)])
     heads = {name: torch.tensor([options[old]], dtype=torch.float64) for old, name in
              (("sink", "sinks"), ("slope", "alibi_slopes")) if old in options}
-    out, lse = attention(query[None, None], key[None, None], value[None, None], mask, is_causal=options.get("causal", False),
-                         scale=0.6, softcap=options.get("softcap", 0.0), return_lse=True, **heads)
+    out, lse = attention(query[None, None], key[None, None], value[None, None], mask, scale=0.6, return_lse=True,
+                         is_causal=options.get("causal", False), softcap=options.get("softcap", 0.0), **heads)
     torch.testing.assert_close(out[0, 0], torch.tensor(want_out, dtype=torch.float64), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse[0, 0], torch.tensor(want_lse, dtype=torch.float64), rtol=1e-12, atol=1e-13)
 
@@ -73,7 +74,8 @@ def test_against_the_matrix_formula(options):
         torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-12, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("options", [(), ("causal",), ("upper_left",), ("mask_full",), ("mask_2d",), ("bias_full",), ("bias_head",),
+@pytest.mark.parametrize("options", [(), ("causal",), ("upper_left",), ("mask_full",),
+                                     ("mask_2d",), ("bias_full",), ("bias_head",),
                                      ("bias_inf",), ("scale",), ("scale_negative",)], ids="+".join)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
 def test_against_torch_math(heads, options):
@@ -101,7 +103,8 @@ def test_lower_right_against_torch():
     torch.testing.assert_close(attention(inputs.query, inputs.key, inputs.value, bias), want)
 
 
-@pytest.mark.parametrize("options", [(), ("causal", "sinks"), ("bias_full", "softcap", "alibi"), ("mask_key", "q_lengths")],
+@pytest.mark.parametrize("options", [(), ("causal", "sinks"), ("bias_full", "softcap", "alibi"),
+                                     ("mask_key", "q_lengths")],
                          ids="+".join)
 def test_gradcheck_and_gradgradcheck(options):
     inputs = build(Case(B=2, HQ=2, SQ=3, SK=4, D=2, dtype="float64", options=options))
@@ -123,7 +126,8 @@ def test_results_are_float64_whatever_the_inputs():
 @pytest.mark.parametrize("key, counter, words", [
     (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (0xFFFFFFFFFFFFFFFF, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ])
 def test_philox_of_the_tests_gives_the_published_vectors(key, counter, words):
     """Known answers of philox4x32-10 from the Random123 distribution."""

@@ -50,7 +50,7 @@ def close(got, want, dtype=torch.float32):
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=bars[dtype])
 
 
-# ---- signature ----------------------------------------------------------------------------------------------------------
+# ---- signature -------------------------------------------------------------------------------------------------------
 
 
 def test_signature_extends_torch_s():
@@ -64,7 +64,8 @@ def test_signature_extends_torch_s():
 
 def test_extras_default_to_off():
     query, key, value = tensors(2, 2, 5, 8)
-    off = dict(window=None, softcap=0.0, sinks=None, alibi_slopes=None, q_seqlens=None, kv_seqlens=None, return_lse=False)
+    off = dict(window=None, softcap=0.0, sinks=None, alibi_slopes=None,
+               q_seqlens=None, kv_seqlens=None, return_lse=False)
     assert torch.equal(SDPA(query, key, value), SDPA(query, key, value, **off))
 
 
@@ -75,7 +76,7 @@ def test_positional_arguments_are_those_of_torch():
         SDPA(query, key, value, None, 0.0, False, 1.0)
 
 
-# ---- causal -------------------------------------------------------------------------------------------------------------
+# ---- causal ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("SQ, SK", [(5, 5), (3, 9), (9, 3), (1, 7), (7, 1), (70, 130), (130, 70)])
@@ -101,7 +102,7 @@ def test_causal_bias_of_other_lengths_is_refused():
             SDPA(query, key, value, bias)
 
 
-# ---- masks --------------------------------------------------------------------------------------------------------------
+# ---- masks -----------------------------------------------------------------------------------------------------------
 
 
 def test_bool_mask_true_means_attend():
@@ -140,11 +141,13 @@ def test_mask_below_two_dimensions_is_refused(shape):
         SDPA(query, key, value, torch.zeros(shape))
 
 
-@pytest.mark.parametrize("shape", [(SQ, SK - 1), (SQ + 1, SK), (H, SK, SQ), (H + 1, SQ, SK), (B + 1, 1, SQ, SK), (4, B, H, SQ, SK),
+@pytest.mark.parametrize("shape", [(SQ, SK - 1), (SQ + 1, SK), (H, SK, SQ), (H + 1, SQ, SK),
+                                   (B + 1, 1, SQ, SK), (4, B, H, SQ, SK),
                                    (B, B, 1, SQ, SK), (2, SK), (0, SK)], ids=str)
 def test_mask_that_does_not_broadcast_is_refused(shape):
     query, key, value = tensors(B, H, SQ, 8, keys=SK)
-    with refused(RuntimeError, shape, (B, H, SQ, SK), "attn_mask"):
+    sizes = ", ".join(map(str, shape)) + ")"  # in front of them may stand the 1s of a 4-D mask
+    with refused(RuntimeError, sizes, (B, H, SQ, SK), "attn_mask"):
         SDPA(query, key, value, torch.zeros(shape))
 
 
@@ -158,8 +161,10 @@ def test_mask_dtypes_allowed(dtype):
 
 
 @pytest.mark.parametrize("query_dtype, mask_dtype", [
-    ("float32", "bfloat16"), ("float32", "float16"), ("float32", "float64"), ("bfloat16", "float16"), ("float16", "bfloat16"),
-    ("bfloat16", "float64"), ("float64", "float16"), ("float32", "int64"), ("float32", "uint8"), ("float32", "complex64")])
+    ("float32", "bfloat16"), ("float32", "float16"), ("float32", "float64"), ("bfloat16", "float16"),
+    ("float16", "bfloat16"),
+    ("bfloat16", "float64"), ("float64", "float16"), ("float32", "int64"),
+    ("float32", "uint8"), ("float32", "complex64")])
 def test_mask_dtypes_refused(query_dtype, mask_dtype):
     query, key, value = tensors(B, H, SQ, 8, keys=SK, dtype=getattr(torch, query_dtype))
     with refused(RuntimeError, query_dtype, mask_dtype, "attn_mask"):
@@ -182,7 +187,7 @@ def test_mask_and_is_causal_exclude_each_other():
             SDPA(query, key, value, bias, is_causal=True)
 
 
-# ---- sinks and the log-sum-exp ------------------------------------------------------------------------------------------
+# ---- sinks and the log-sum-exp ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -224,8 +229,9 @@ def test_minus_infinity_in_a_bias_hides_finite_keys():
     mask = torch.rand(SQ, SK) > 0.5
     mask[2] = False
     bias = torch.zeros(SQ, SK).masked_fill(~mask, -math.inf)
-    for got, want in zip(SDPA(query, key, value, bias, return_lse=True), SDPA(query, key, value, mask, return_lse=True)):
-        torch.testing.assert_close(got, want)
+    hidden, want = (SDPA(query, key, value, x, return_lse=True) for x in (bias, mask))
+    for got, should in zip(hidden, want):
+        torch.testing.assert_close(got, should)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,7 +252,7 @@ def test_lse_is_differentiable():
         close(got, should, torch.float64)
 
 
-# ---- rows that see nothing, and what is behind masks --------------------------------------------------------------------
+# ---- rows that see nothing, and what is behind masks -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,7 +275,8 @@ def test_fully_masked_rows(SQ, dtype):
 def test_nan_and_infinity_behind_a_mask_do_not_reach_the_output(how, SQ, bad):
     query, key, value = tensors(B, H, SQ, 8, keys=80)
     key[:, :, 70:], value[:, :, 70:] = bad, bad
-    options = {"mask": dict(attn_mask=(torch.arange(80) < 70)[None]), "causal": dict(is_causal=True), "window": dict(window=(None, 3)),
+    options = {"mask": dict(attn_mask=(torch.arange(80) < 70)[None]), "causal": dict(is_causal=True),
+               "window": dict(window=(None, 3)),
                "lengths": dict(kv_seqlens=torch.tensor([70, 70]))}[how]
     out, lse = SDPA(query, key, value, return_lse=True, **options)
     cut = {"mask": {}, "lengths": {}}.get(how, options)
@@ -278,7 +285,7 @@ def test_nan_and_infinity_behind_a_mask_do_not_reach_the_output(how, SQ, bad):
     close(lse, want_lse)
 
 
-# ---- dimensions ---------------------------------------------------------------------------------------------------------
+# ---- dimensions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 3), (2, 3, 1, 2)], ids=str)
@@ -296,7 +303,8 @@ def test_two_dimensional_inputs_have_no_heads():
     close(SDPA(query, key, value, is_causal=True), math_sdpa(query, key, value, is_causal=True))
 
 
-@pytest.mark.parametrize("shapes", [((2, 3), (2, 1), (1, 3)), ((2, 3), (3,), (2, 3)), ((1, 1), (2, 3), (2, 1)), ((3,), (2, 3), (1,)),
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 1), (1, 3)), ((2, 3), (3,), (2, 3)), ((1, 1), (2, 3), (2, 1)),
+                                    ((3,), (2, 3), (1,)),
                                     ((), (4,), (4,)), ((1,), (4,), (4,))], ids=str)
 def test_batch_dimensions_broadcast(shapes):
     query, key, value = (torch.randn(*batch, 2, n, 8, requires_grad=True) for batch, n in zip(shapes, (5, 7, 7)))
@@ -314,12 +322,15 @@ def test_batch_dimensions_broadcast(shapes):
 def test_masks_and_lengths_with_several_batch_dimensions():
     query, key, value = tensors(2, 3, 4, 5, 8, keys=7, dtype=torch.float64)
     flat = [x.flatten(0, 1) for x in (query, key, value)]
-    for mask in (torch.rand(2, 1, 1, 5, 7), torch.rand(3, 1, 1, 7), torch.rand(2, 3, 4, 1, 7) > 0.3, torch.rand(4, 5, 7), torch.rand(5, 1)):
+    masks = (torch.rand(2, 1, 1, 5, 7), torch.rand(3, 1, 1, 7), torch.rand(2, 3, 4, 1, 7) > 0.3, torch.rand(4, 5, 7),
+             torch.rand(5, 1))
+    for mask in masks:
         want = naive.attention(*flat, mask.expand(2, 3, 4, 5, 7).flatten(0, 1))[0]
         close(SDPA(query, key, value, mask).flatten(0, 1), want, torch.float64)
     k_len, q_len = torch.tensor([[0, 3, 7], [1, 2, 5]]), torch.tensor([[5, 3, 0], [1, 2, 5]])
     out = SDPA(query, key, value, kv_seqlens=k_len, q_seqlens=q_len)
-    close(out.flatten(0, 1), naive.attention(*flat, kv_seqlens=k_len.flatten(), q_seqlens=q_len.flatten())[0], torch.float64)
+    want = naive.attention(*flat, kv_seqlens=k_len.flatten(), q_seqlens=q_len.flatten())[0]
+    close(out.flatten(0, 1), want, torch.float64)
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -336,7 +347,7 @@ def test_batch_dimensions_that_do_not_broadcast_are_refused():
         SDPA(query, torch.randn(4, 3, 5, 8), torch.randn(4, 3, 5, 8))
 
 
-# ---- empty ----------------------------------------------------------------------------------------------------------------
+# ---- empty -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -360,7 +371,7 @@ def test_no_queries_no_batch_no_heads(shape):
     assert all(x.grad.shape == x.shape and (x.grad == 0).all() for x in (query, key, value))
 
 
-# ---- heads ----------------------------------------------------------------------------------------------------------------
+# ---- heads -----------------------------------------------------------------------------------------------------------
 
 
 def test_other_heads_without_enable_gqa_are_refused():
@@ -389,7 +400,7 @@ def test_enable_gqa_heads_that_do_not_divide_are_refused(key_heads, value_heads)
         SDPA(query, key, value, enable_gqa=True)
 
 
-# ---- sizes that do not fit -------------------------------------------------------------------------------------------------
+# ---- sizes that do not fit -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dims", [(8, 5), (5, 8), (64, 1), (1, 64)], ids=str)
@@ -419,11 +430,12 @@ def test_head_dimensions_out_of_range_are_refused(dims):
         SDPA(query, key, value)
 
 
-# ---- dtypes and devices ------------------------------------------------------------------------------------------------------
+# ---- dtypes and devices ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16", "float32"), ("float32", "float32", "float16"),
-                                    ("float64", "float32", "float32"), ("bfloat16", "float16", "float32")], ids="+".join)
+                                    ("float64", "float32", "float32"),
+                                    ("bfloat16", "float16", "float32")], ids="+".join)
 def test_different_dtypes_are_refused(dtypes):
     given = [x.to(getattr(torch, d)) for x, d in zip(tensors(B, H, SQ, 8), dtypes)]
     with refused(RuntimeError, "query", "key", "value", *dtypes):
@@ -444,7 +456,8 @@ def test_mask_on_another_device_is_refused():
         SDPA(query, key, value, torch.zeros(SQ, SQ, device="meta"))
 
 
-@pytest.mark.parametrize("dtype", ["int64", "int32", "int8", "uint8", "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["int64", "int32", "int8", "uint8", "bool", "complex64", "complex128",
+                                   "float8_e4m3fn", "float8_e5m2"])
 def test_other_dtypes_are_refused(dtype):
     given = [torch.ones(B, H, SQ, 8).to(getattr(torch, dtype)) for _ in range(3)]
     with refused(RuntimeError, dtype, "float32", "bfloat16", "float16", "float64"):
@@ -463,7 +476,7 @@ def test_what_is_no_tensor_is_a_type_error(given):
         SDPA(query, given, value)
 
 
-# ---- numbers out of range ---------------------------------------------------------------------------------------------------
+# ---- numbers out of range --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan, math.inf, -math.inf])
@@ -490,7 +503,7 @@ def test_window_out_of_range(window):
         SDPA(*tensors(B, H, SQ, 8), window=window)
 
 
-# ---- lengths, sinks, slopes ----------------------------------------------------------------------------------------------------
+# ---- lengths, sinks, slopes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["q_seqlens", "kv_seqlens"])
@@ -526,6 +539,15 @@ def test_lengths_in_either_integer_and_any_stride(dtype):
     close(SDPA(query, key, value, kv_seqlens=lengths)[0], SDPA(query[:1], key[:1, :, :3], value[:1, :, :3])[0])
 
 
+def test_lengths_without_a_batch():
+    """(H, S, D) and (S, D): one length, a tensor of no dimensions."""
+    query, key, value = tensors(H, 5, 8, keys=7)
+    out = SDPA(query, key, value, kv_seqlens=torch.tensor(3), q_seqlens=torch.tensor(4))
+    close(out[:, :4], math_sdpa(query[:, :4], key[:, :3], value[:, :3]))
+    assert (out[:, 4:] == 0).all()
+    close(SDPA(query[0], key[0], value[0], kv_seqlens=torch.tensor(3)), math_sdpa(query[0], key[0, :3], value[0, :3]))
+
+
 def test_alibi_slopes_have_no_gradient_and_say_so():
     query, key, value = tensors(B, H, 5, 8)
     slopes = torch.rand(H, requires_grad=True)
@@ -533,7 +555,7 @@ def test_alibi_slopes_have_no_gradient_and_say_so():
         SDPA(query, key, value, alibi_slopes=slopes).sum().backward()
 
 
-# ---- dropout -------------------------------------------------------------------------------------------------------------------
+# ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -562,8 +584,9 @@ def test_dropout_mask_is_a_function_of_batch_head_query_and_key_only():
     def kept(SQ, SK, **options):
         torch.manual_seed(9)
         dtype = options.pop("dtype", torch.float32)
-        zeros, values = torch.zeros(B, 4, SQ, 8, dtype=dtype), torch.eye(SK, dtype=dtype).expand(B, options.pop("HK", 4), SK, SK)
-        return SDPA(zeros, torch.zeros(B, values.shape[1], SK, 8, dtype=dtype), values, dropout_p=0.4, enable_gqa=True, **options) != 0
+        values = torch.eye(SK, dtype=dtype).expand(B, options.pop("HK", 4), SK, SK)
+        query, key = torch.zeros(B, 4, SQ, 8, dtype=dtype), torch.zeros(B, values.shape[1], SK, 8, dtype=dtype)
+        return SDPA(query, key, values, dropout_p=0.4, enable_gqa=True, **options) != 0
 
     whole = kept(130, 200)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -585,7 +608,7 @@ def test_forward_and_backward_drop_the_same_weights():
     torch.testing.assert_close(grad, weights.detach().transpose(-1, -2) @ upstream)
 
 
-# ---- scale -----------------------------------------------------------------------------------------------------------------------
+# ---- scale -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -603,10 +626,11 @@ def test_negative_scale(dtype):
     close(SDPA(query, key, value, scale=-0.5), SDPA(-query, key, value, scale=0.5), query.dtype)
 
 
-# ---- layout ------------------------------------------------------------------------------------------------------------------------
+# ---- layout ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3),
+                                  (0, 1, 3, 2), (3, 2, 1, 0)], ids=str)
 @pytest.mark.parametrize("dv", [8, 6])
 def test_output_follows_the_order_of_query_s_strides(order, dv):
     """A BSHD query viewed as BHSD gives an output that is BSHD in memory."""
@@ -634,7 +658,7 @@ def test_stride_zero_and_reversed_like_views():
     close(SDPA(query, key, value), want)
 
 
-# ---- autograd ------------------------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_only_for_the_mask():
@@ -654,16 +678,19 @@ def test_any_subset_of_inputs_may_require_grad(needs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-# ---- refusals change nothing ---------------------------------------------------------------------------------------------------------
+# ---- refusals change nothing -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [dict(dropout_p=2.0), dict(attn_mask=torch.zeros(3)), dict(attn_mask=torch.ones(4, 4), is_causal=True),
-                                 dict(kv_seqlens=torch.tensor([9, 9]), dropout_p=0.5), dict(sinks=torch.ones(7), dropout_p=0.5)],
+@pytest.mark.parametrize("bad", [dict(dropout_p=2.0), dict(attn_mask=torch.zeros(3)),
+                                 dict(attn_mask=torch.ones(4, 4), is_causal=True),
+                                 dict(kv_seqlens=torch.tensor([9, 9]), dropout_p=0.5),
+                                 dict(sinks=torch.ones(7), dropout_p=0.5)],
                          ids=lambda d: "+".join(d))
 def test_a_refused_call_changes_nothing(bad):
     query, key, value = tensors(B, H, 4, 8)
-    before = [x.clone() for x in (query, key, value)]
+    before, state = [x.clone() for x in (query, key, value)], torch.get_rng_state()
     with pytest.raises((RuntimeError, ValueError)):
         SDPA(query, key, value, **bad)
     assert all(torch.equal(a, b) for a, b in zip(before, (query, key, value)))
+    assert torch.equal(torch.get_rng_state(), state), "the refused call drew a random number"
     close(SDPA(query, key, value), math_sdpa(query, key, value))

@@ -25,7 +25,7 @@ static bool rows_kernel_can(const fa_args *a, const fa_cpu_ops *ops)
 {
     return ops->decode[a->q.dtype].run && !is_scalar(ops, a->q.dtype) && a->dropout_p == 0 &&
            a->k.stride[3] == 1 && a->v.stride[3] == 1 &&
-           a->q.size[1] / a->k.size[1] * a->q.size[2] <= FA_ROWS_MAX;
+           fa_group(a) * a->q.size[2] <= FA_ROWS_MAX;
 }
 
 static fa_target forward_target(const fa_args *a, const fa_cpu_ops *ops, fa_task_fn **run)

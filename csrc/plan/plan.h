@@ -41,6 +41,12 @@ typedef struct fa_panels {
     int64_t count;
 } fa_panels;
 
+/* query heads of a kv head; 1 where there are no heads at all */
+static inline int64_t fa_group(const fa_args *a)
+{
+    return a->k.size[1] > 0 ? a->q.size[1] / a->k.size[1] : 1;
+}
+
 fa_panels fa_panels_of(const fa_args *a, int64_t panel_rows);
 /* rows in panel p */
 int64_t fa_panel_size(const fa_panels *p, int64_t panel);

@@ -3,7 +3,7 @@
 
 fa_panels fa_panels_of(const fa_args *a, int64_t panel_rows)
 {
-    fa_panels p = {.group = a->q.size[1] / a->k.size[1], .sq = a->q.size[2], .rows = panel_rows};
+    fa_panels p = {.group = fa_group(a), .sq = a->q.size[2], .rows = panel_rows};
     p.packed = p.sq < panel_rows;
     p.count = p.packed ? fa_ceil_div(p.group * p.sq, panel_rows) : p.group * fa_ceil_div(p.sq, panel_rows);
     return p;

@@ -156,12 +156,17 @@ fa_dtype dtype_named(const std::string &name)
     for (int t = FA_F32; t <= FA_I64; t++)
         if (name == fa_dtype_name(static_cast<fa_dtype>(t)))
             return static_cast<fa_dtype>(t);
-    throw py::value_error("dtype is '" + name + "': it must be float32, bfloat16, float16, float64 or, of a mask, bool");
+    throw py::value_error("dtype is '" + name + "': it must be float32, bfloat16, float16, float64 or (a mask's) bool");
 }
 
 fa_tensor dense(int64_t s0, int64_t s1, int64_t s2, int64_t s3, fa_dtype dtype)
 {
-    return {somewhere, {s0, s1, s2, s3}, {s1 * s2 * s3, s2 * s3, s3, 1}, dtype};
+    // Unsigned, so that a product that overflows wraps; fa_validate refuses such sizes.
+    const uint64_t u1 = s1, u2 = s2, u3 = s3;
+    return {somewhere,
+            {s0, s1, s2, s3},
+            {static_cast<int64_t>(u1 * u2 * u3), static_cast<int64_t>(u2 * u3), s3, 1},
+            dtype};
 }
 
 const char *kind_name(fa_kernel_kind kind)
@@ -207,9 +212,9 @@ void check(fa_status status, const fa_error &err)
         throw std::runtime_error(err.text);
 }
 
-py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_t HQ, int64_t HK, int64_t SQ, int64_t SK,
-              int64_t D, int64_t DV, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
-              double dropout_p, const std::optional<std::string> &mask_dtype,
+py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_t HQ, int64_t HK, int64_t SQ,
+              int64_t SK, int64_t D, int64_t DV, int64_t window_left, int64_t window_right, bool bottom_right,
+              double softcap, double dropout_p, const std::optional<std::string> &mask_dtype,
               const std::optional<std::array<int64_t, 4>> &mask_shape, bool has_sinks, bool has_alibi, int64_t needs,
               int threads)
 {
@@ -275,9 +280,9 @@ PYBIND11_MODULE(_C, m)
           "products in GFLOP/s (0: no such instruction), reading memory in GB/s. Takes a second; 128 MiB a thread.",
           "threads"_a = py::none());
     m.def("plan", &plan,
-          "The plan of a call on dense tensors: the fields of fa_plan (csrc/fa.h; sizes in bytes, flops and bytes of one "
-          "call) and its report. mask_shape None = (B, HQ, SQ, SK); needs: bits of the op `backward`. RuntimeError or "
-          "ValueError as the call itself would.",
+          "The plan of a call on dense tensors: the fields of fa_plan (csrc/fa.h; sizes in bytes, flops and bytes of "
+          "one call) and its report. mask_shape None = (B, HQ, SQ, SK); needs: bits of the op `backward`. "
+          "RuntimeError or ValueError as the call itself would.",
           "op"_a, "dtype"_a, "B"_a, "HQ"_a, "HK"_a, "SQ"_a, "SK"_a, "D"_a, "DV"_a, py::kw_only(), "window_left"_a = -1,
           "window_right"_a = -1, "bottom_right"_a = false, "softcap"_a = 0.0, "dropout_p"_a = 0.0,
           "mask_dtype"_a = py::none(), "mask_shape"_a = py::none(), "has_sinks"_a = false, "has_alibi"_a = false,

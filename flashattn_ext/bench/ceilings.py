@@ -1,8 +1,9 @@
 """How fast this machine can multiply and read, measured here and now: what the cases are held against.
 
-Two figures: fused multiply-adds in float32, GFLOP/s, and reading memory, GB/s, each for the threads in use. The C core
-measures both with loops of its own where it offers them; otherwise torch's matrix product and sum stand in, which stay
-below the true ceilings (and so make the shares look larger). `*_method` says which.
+Fused multiply-adds in float32 and dot products in bfloat16 (where the processor has an instruction for them), GFLOP/s,
+and reading memory, GB/s, each for the threads in use. The C core measures them with loops of its own; without it
+torch's matrix product and sum stand in, which stay below the true ceilings (and so make the shares look larger).
+`method` says which.
 """
 
 import dataclasses
@@ -10,21 +11,26 @@ import time
 
 import torch
 
+from .cases import Case
+
 SECONDS = 0.4  # spent on each figure
 
 
 @dataclasses.dataclass
 class Ceilings:
-    fma_gflops: float
-    fma_method: str
-    read_gbs: float
-    read_method: str
     threads: int
-    raw: dict
+    fma_gflops: float
+    dot_bf16_gflops: float  # 0: no such instruction
+    read_gbs: float
+    method: str
 
-    def of(self, bound: str) -> float | None:
-        """The ceiling of a case in its own unit, GFLOP/s or GB/s; None for a case that neither limits."""
-        return {"fma": self.fma_gflops, "memory": self.read_gbs}.get(bound)
+    def of(self, case: Case) -> float | None:
+        """The ceiling of a case in its own unit, GFLOP/s or GB/s; None for one that neither limits."""
+        if case.bound == "memory":
+            return self.read_gbs
+        if case.bound == "fma":
+            return (case.dtype == "bf16" and self.dot_bf16_gflops) or self.fma_gflops
+        return None
 
 
 def best_of(function, seconds: float = SECONDS) -> float:
@@ -50,25 +56,18 @@ def _sum() -> float:
     return x.numel() * 4 / best_of(lambda: x.sum()) / 1e9
 
 
-def _from_core() -> dict:
+def measure() -> Ceilings:
+    """The ceilings of torch.get_num_threads() threads. Takes a second or two."""
+    threads = torch.get_num_threads()
     try:
         from flashattn_ext import _C
     except ImportError:
-        return {}
-    return dict(_C.ceilings()) if hasattr(_C, "ceilings") else {}
-
-
-def measure() -> Ceilings:
-    """Both ceilings for torch.get_num_threads() threads. Takes about a second."""
-    threads = torch.get_num_threads()
-    raw = _from_core()
-    fma = raw.get("fma_gflops") or (raw["fma_gflops_1t"] * threads if "fma_gflops_1t" in raw else None)
-    read = raw.get("read_gbs")
-    fma_method = "FMA loop of the C core" if fma else "torch.mm, float32"
-    read_method = "read loop of the C core" if read else "torch.sum over 256 MiB"
-    return Ceilings(fma or _matrix_product(), fma_method, read or _sum(), read_method, threads, raw)
+        return Ceilings(threads, _matrix_product(), 0.0, _sum(), "torch.mm in float32, torch.sum over 256 MiB")
+    found = _C.ceilings(threads)
+    return Ceilings(threads, found["fma_gflops"], found["dot_bf16_gflops"], found["read_gbs"], "loops of the C core")
 
 
 def best(a: Ceilings, b: Ceilings) -> Ceilings:
     """The higher of two measurements, figure by figure: the clock moves, and a ceiling is the most that was seen."""
-    return dataclasses.replace(a, fma_gflops=max(a.fma_gflops, b.fma_gflops), read_gbs=max(a.read_gbs, b.read_gbs))
+    names = ("fma_gflops", "dot_bf16_gflops", "read_gbs")
+    return dataclasses.replace(a, **{name: max(getattr(a, name), getattr(b, name)) for name in names})

@@ -64,12 +64,13 @@ def describe(found: dict, machine_ceilings: Ceilings) -> list[str]:
     """The lines above the table."""
     limit = f"; FLASHATTN_EXT_ISA={found['isa_limit']}" if found["isa_limit"] else ""
     c = machine_ceilings
+    bf16 = f"{c.dot_bf16_gflops:.0f} GFLOP/s bfloat16, " if c.dot_bf16_gflops else ""
     others = {name: version for name, version in found["versions"].items() if version != found["torch"]}
     return [
         f"{found['cpu']}, {found['threads']} of {found['processors']} processors; {' '.join(found['flags'])}{limit}",
         ", ".join(f"{name} {version}" for name, version in {"torch": found["torch"], **others}.items()),
-        f"ceilings with {c.threads} threads: {c.fma_gflops:.0f} GFLOP/s float32 ({c.fma_method}), "
-        f"{c.read_gbs:.1f} GB/s read ({c.read_method})",
+        f"ceilings with {c.threads} threads ({c.method}): {c.fma_gflops:.0f} GFLOP/s float32, {bf16}"
+        f"{c.read_gbs:.1f} GB/s read",
     ]
 
 
@@ -79,7 +80,7 @@ def describe(found: dict, machine_ceilings: Ceilings) -> list[str]:
 def rate(result: Result, ceilings: Ceilings) -> tuple[float, str, float | None]:
     """(figure, unit, share of the machine's ceiling or None)."""
     case, seconds = result.case, result.peers[result.subject].median
-    ceiling = ceilings.of(case.bound)
+    ceiling = ceilings.of(case)
     if case.bound == "memory":
         figure, unit = case.bytes / seconds / 1e9, "GB/s"
     elif case.bound == "fma":
@@ -115,7 +116,8 @@ def notes(results: list[Result], labels: dict[str, str]) -> list[str]:
     subject = labels[results[0].subject]
     lines = [f"ms: median time of a call of {subject}; +-: the middle half of the rounds, as a share of it; x SDPA, "
              "x best: its speed over that of torch's SDPA and of the fastest other, medians of the rounds' ratios; of "
-             "ceiling: of float32 multiply-adds (also for other dtypes) or of memory read, as the rate's unit says."]
+             "ceiling: of memory read for GB/s; of multiply-adds for GFLOP/s, those of bfloat16 for bf16 where the "
+             "processor has them, of float32 otherwise."]
     reasons: dict[str, dict[str, int]] = {}
     for result in results:
         for name, sampled in result.peers.items():

@@ -41,11 +41,11 @@ def attention_forward(module, query, key, value, attention_mask, dropout=0.0, sc
                       sliding_window=None, softcap=None, s_aux=None, position_bias=None, **kwargs):
     """One attention layer, as transformers calls it.
 
-    query (B, HQ, SQ, D), key (B, HK, SK, D), value (B, HK, SK, DV); K and V are not repeated. attention_mask: bool (True =
-    attend) or float, broadcastable to (B, HQ, SQ, SK), or None. Then it is causal if is_causal, or module.is_causal, says
-    so and SQ > 1, in the top-left alignment that a static cache's prefill (SK > SQ) needs. sliding_window: tokens a query
-    sees, itself included; used where the mask does not already say so. s_aux: sinks (HQ,). position_bias: float,
-    broadcastable to (B, HQ, SQ, SK), added to the scaled scores.
+    query (B, HQ, SQ, D), key (B, HK, SK, D), value (B, HK, SK, DV); K and V are not repeated. attention_mask: bool
+    (True = attend) or float, broadcastable to (B, HQ, SQ, SK), or None. Then it is causal if is_causal, or
+    module.is_causal, says so and SQ > 1, in the top-left alignment that a static cache's prefill (SK > SQ) needs.
+    sliding_window: tokens a query sees, itself included; used where there is no mask, which would say it already.
+    s_aux: sinks (HQ,). position_bias: float, broadcastable to (B, HQ, SQ, SK), added to the scaled scores.
 
     Returns (out (B, SQ, HQ, DV), None). Raises RuntimeError for what it would otherwise have to ignore: packed
     sequences (cu_seq_lens_q, cu_seq_lens_k), a paged cache, and weights asked for by output_attentions.
@@ -72,7 +72,8 @@ def _refuse(kwargs):
             raise RuntimeError(f'attention "{NAME}" does not take {name} yet: packed sequences and paged caches need '
                                'attn_implementation="sdpa" or "eager"')
     if kwargs.get("output_attentions"):
-        raise RuntimeError(f'attention "{NAME}" stores no weights: output_attentions=True needs attn_implementation="eager"')
+        raise RuntimeError(f'attention "{NAME}" stores no weights: output_attentions=True needs '
+                           'attn_implementation="eager"')
 
 
 def _count():

@@ -15,7 +15,7 @@ bool ck_next_case(ck_rng *r)
     return ck_opt.only < 0 || ck_opt.only == case_number;
 }
 
-/* ---- results of one run ------------------------------------------------------------------------------------------- */
+/* ---- results of one run ------------------------------------------------------------------------------------------ */
 
 typedef struct snapshot {
     double *dense[CK_TENSORS]; /* elements in order */
@@ -62,8 +62,9 @@ static void compare(const ck_problem *p, const char *kernel, const snapshot *got
         if (!got->dense[id])
             continue;
         const fa_tensor *t = ck_tensor((fa_args *)&p->a, id);
+        const ck_tolerance tolerance = ck_tolerance_of(p, scales, id, eager);
         int64_t where;
-        double worst = ck_distance(got->dense[id], want[id], ck_count(t), ck_tolerance_of(p, scales, id, eager), &where);
+        double worst = ck_distance(got->dense[id], want[id], ck_count(t), tolerance, &where);
         ck_result(kernel_of(kernel, id), worst <= 1, worst,
                   "case %" PRId64 " against %s: %s(%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
                   ") is %.9g, should be %.9g (%.3g tolerances): %s",
@@ -83,7 +84,7 @@ static void same_bits(const ck_problem *p, const char *kernel, const snapshot *o
                       ck_describe(&p->c));
 }
 
-/* ---- one case ----------------------------------------------------------------------------------------------------- */
+/* ---- one case ---------------------------------------------------------------------------------------------------- */
 
 static const char *planned_kernel(const ck_problem *p, bool backward)
 {
@@ -152,7 +153,8 @@ void ck_compare(const ck_case *c, bool backward)
     snapshot forward = {{0}, {0}}, reference;
     ck_problem_make(&p, c, backward);
     ck_use_isa("scalar");
-    const bool scalar = (!ck_opt.isa || !strcmp(ck_opt.isa, "scalar")) && ck_kernel_wanted(planned_kernel(&p, backward));
+    const bool isa_wanted = !ck_opt.isa || !strcmp(ck_opt.isa, "scalar");
+    const bool scalar = isa_wanted && ck_kernel_wanted(planned_kernel(&p, backward));
     const bool full = scalar && (ck_cost(c) <= SMALL || ck_opt.only >= 0);
     ck_eager eager = ck_eager_make(&p, backward, full);
     bool ok = !backward || run(&p, false, 1, NULL, &forward);

@@ -8,7 +8,7 @@
 #include "checkfa.h"
 #include "common/fa_dtype.h"
 
-/* ---- dtypes ----------------------------------------------------------------------------------------------------- */
+/* ---- dtypes ------------------------------------------------------------------------------------------------------ */
 
 /* Values of the format by its definition: exponent field e, mantissa m of mbits. */
 static double narrow_value(unsigned x, int ebits, int mbits)
@@ -64,7 +64,7 @@ void ck_check_dtypes(void)
         ck_result("dtypes", fa_dtype_size((fa_dtype)t) == sizes[t], 0, "size of %s", fa_dtype_name((fa_dtype)t));
 }
 
-/* ---- refusals --------------------------------------------------------------------------------------------------- */
+/* ---- refusals ---------------------------------------------------------------------------------------------------- */
 
 typedef struct poke {
     size_t offset;
@@ -198,7 +198,8 @@ static void check_workspace_refusals(ck_problem *p)
     fa_exec none = {.workspace_size = plan.workspace};
     ck_result("refusals", fa_run_forward(&p->a, &plan, &small, &err) == FA_ERR_WORKSPACE && err.text[0], 0,
               "a workspace of %zu bytes was accepted, the plan wants %zu", plan.workspace - 1, plan.workspace);
-    ck_result("refusals", fa_run_forward(&p->a, &plan, &none, &err) == FA_ERR_WORKSPACE, 0, "no workspace was accepted");
+    ck_result("refusals", fa_run_forward(&p->a, &plan, &none, &err) == FA_ERR_WORKSPACE, 0,
+              "a missing workspace was accepted");
     fa_plan_backward(&p->a, 1, &plan);
     small.workspace_size = plan.workspace - 1;
     ck_result("refusals", fa_run_backward(&p->a, &plan, &small, &err) == FA_ERR_WORKSPACE, 0,
@@ -225,14 +226,15 @@ void ck_check_refusals(void)
         fa_status status = validate(&a, r->backward, &err);
         ck_result("refusals", status == r->status && strstr(err.text, r->text), 0, "wanted %s '%s', got %s '%s'",
                   fa_status_name(r->status), r->text, fa_status_name(status), err.text);
-        ck_result("refusals", validate(&a, r->backward, NULL) == r->status, 0, "without room for a text: '%s'", r->text);
+        ck_result("refusals", validate(&a, r->backward, NULL) == r->status, 0, "without room for a text: '%s'",
+                  r->text);
     }
     check_length_refusals(&p);
     check_workspace_refusals(&p);
     ck_problem_free(&p);
 }
 
-/* ---- plans ------------------------------------------------------------------------------------------------------ */
+/* ---- plans ------------------------------------------------------------------------------------------------------- */
 
 enum { MEBIBYTE = 1 << 20 };
 

@@ -8,7 +8,7 @@
 
 #include "fa.h"
 
-/* ---- random numbers --------------------------------------------------------------------------------------------- */
+/* ---- random numbers ---------------------------------------------------------------------------------------------- */
 
 typedef struct ck_rng {
     uint64_t state;
@@ -21,7 +21,7 @@ bool ck_chance(ck_rng *r, int percent);
 double ck_uniform(ck_rng *r);                /* [0, 1) */
 double ck_normal(ck_rng *r);
 
-/* ---- cases ------------------------------------------------------------------------------------------------------ */
+/* ---- cases ------------------------------------------------------------------------------------------------------- */
 
 typedef enum ck_layout {
     CK_DENSE,
@@ -73,7 +73,7 @@ double ck_cost(const ck_case *c);
 /* One line; the text lives until the next call. */
 const char *ck_describe(const ck_case *c);
 
-/* ---- tensors in guarded memory ------------------------------------------------------------------------------------ */
+/* ---- tensors in guarded memory ----------------------------------------------------------------------------------- */
 
 typedef struct ck_guarded {
     char *map;        /* mapping, its last page inaccessible */
@@ -113,7 +113,7 @@ bool ck_padding_intact(const ck_problem *p, int id);
 double *ck_dense(const fa_tensor *t);
 int64_t ck_count(const fa_tensor *t);
 
-/* ---- instruction sets and runs -------------------------------------------------------------------------------------- */
+/* ---- instruction sets and runs ----------------------------------------------------------------------------------- */
 
 /* Values of FLASHATTN_EXT_ISA this machine can run; [0] is "scalar". Returns their number. */
 int ck_isas(const char *names[8]);
@@ -126,7 +126,7 @@ void ck_pool_threads(void *pool, int workers, void (*body)(void *ctx, int worker
  * False: refused, or something was written where it must not be; why says it. */
 bool ck_run(ck_problem *p, bool backward, int threads, fa_parallel_fn *pool, fa_plan *plan, char why[512]);
 
-/* ---- eager attention and what rounding may do ------------------------------------------------------------------------ */
+/* ---- eager attention and what rounding may do -------------------------------------------------------------------- */
 
 /* Magnitudes of a problem, from which the tolerance of each result follows (check_oracle.c). */
 typedef struct ck_scales {
@@ -160,7 +160,7 @@ ck_tolerance ck_tolerance_of(const ck_problem *p, const ck_scales *s, int id, bo
 /* Worst |got - want| / tolerance; NaN must match NaN. where: index of the worst element. */
 double ck_distance(const double *got, const double *want, int64_t n, ck_tolerance t, int64_t *where);
 
-/* ---- the report ------------------------------------------------------------------------------------------------- */
+/* ---- the report -------------------------------------------------------------------------------------------------- */
 
 typedef struct ck_options {
     const char *isa;    /* only this one, or NULL */
@@ -180,7 +180,7 @@ bool ck_kernel_wanted(const char *kernel);
 /* What is printed when a kernel crashes. */
 void ck_now(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* ---- the checks ------------------------------------------------------------------------------------------------- */
+/* ---- the checks -------------------------------------------------------------------------------------------------- */
 
 /* The lengths where tiles end, plus and minus one. */
 extern const int64_t ck_edges[];

@@ -7,7 +7,7 @@
 
 #include "checkfa.h"
 
-/* ---- mutations -------------------------------------------------------------------------------------------------- */
+/* ---- mutations --------------------------------------------------------------------------------------------------- */
 
 static int64_t wild_integer(ck_rng *r)
 {
@@ -55,8 +55,8 @@ static void mutate_scalar(ck_rng *r, fa_args *a)
  * consistency. The strides of results cannot all be 0; those then grow dense, far outside their memory. */
 static void mutate_size(ck_rng *r, fa_args *a)
 {
-    static const char *const dims[CK_TENSORS] = {"BHSD", "BKLD", "BKLE", "BHSL", "BH11", "BH11", "B111", "B111",
-                                                 "BHSE", "BHS1", "BHSE", "BHS1", "BHSD", "BKLD", "BKLE", "BHSL", "BH11"};
+    static const char *const dims[CK_TENSORS] = {"BHSD", "BKLD", "BKLE", "BHSL", "BH11", "BH11", "B111", "B111", "BHSE",
+                                                 "BHS1", "BHSE", "BHS1", "BHSD", "BKLD", "BKLE", "BHSL", "BH11"};
     const char which = "BHKSLDE"[ck_below(r, 7)];
     const int64_t size = wild_integer(r);
     for (int id = 0; id < CK_TENSORS; id++) {
@@ -78,7 +78,7 @@ static void mutate_size(ck_rng *r, fa_args *a)
     }
 }
 
-/* ---- what may be touched ------------------------------------------------------------------------------------------ */
+/* ---- what may be touched ----------------------------------------------------------------------------------------- */
 
 static bool inside(const fa_tensor *t, const ck_guarded *g)
 {
@@ -121,7 +121,7 @@ static bool tiny_and_inside(ck_problem *p)
     return true;
 }
 
-/* ---- one round -------------------------------------------------------------------------------------------------- */
+/* ---- one round --------------------------------------------------------------------------------------------------- */
 
 static ck_case tiny_case(ck_rng *r)
 {
