@@ -106,7 +106,7 @@ FA_INLINE void value_tile(const rows *w, const char *v, int64_t v_bytes, int nk,
     for (int r = 0; r < nr; r++) {
         FA_UNROLL
         for (int c = 0; c < nv; c++)
-            acc[r][c] = v_mul(v_load(out + r * w->dv_pad + c * VL), v_set1(rescale[row + r]));
+            acc[r][c] = v_zero(); /* a sum of its own: thousands of keys in one chain would lose digits */
     }
     for (int j = 0; j < nk; j++) {
         vf x[COLS];
@@ -128,7 +128,8 @@ FA_INLINE void value_tile(const rows *w, const char *v, int64_t v_bytes, int nk,
     for (int r = 0; r < nr; r++) {
         FA_UNROLL
         for (int c = 0; c < nv; c++)
-            v_store(out + r * w->dv_pad + c * VL, acc[r][c]);
+            v_store(out + r * w->dv_pad + c * VL,
+                    v_fma(v_load(out + r * w->dv_pad + c * VL), v_set1(rescale[row + r]), acc[r][c]));
     }
 }
 
