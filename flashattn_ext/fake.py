@@ -12,6 +12,12 @@ def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seq
     return out, query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
+@torch.library.register_fake("flashattn_ext::forward_plain")
+def forward_plain(query, key, value, scale, is_causal):
+    _require_one_device(query, key, value)
+    return _empty((*query.shape[:3], value.shape[3]), query)
+
+
 @torch.library.register_fake("flashattn_ext::backward")
 def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens,
              dropout_seed, scale, softcap, window_left, window_right, bottom_right, dropout_p, needs):

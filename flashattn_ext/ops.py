@@ -9,6 +9,7 @@ from . import _lib  # noqa: F401  (loads the library)
 from . import batching, fake  # noqa: F401  (registers the fake kernels)
 
 forward = torch.ops.flashattn_ext.forward.default
+forward_plain = torch.ops.flashattn_ext.forward_plain.default
 backward = torch.ops.flashattn_ext.backward.default
 
 batching.register(forward, backward)

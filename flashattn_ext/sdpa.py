@@ -17,7 +17,7 @@ from .autograd import attention
 __all__ = ["scaled_dot_product_attention", "set_deterministic"]
 
 # The bare builtin below the OpOverload: it dispatches the same, and a tiny call is a tenth faster.
-_forward = ops.forward._op
+_forward_plain = ops.forward_plain._op
 # Beyond any sequence: a side of sys.maxsize, say, is as good as unbounded, and the core adds positions to it in int64.
 _FAR = 2**62
 
@@ -81,8 +81,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             and not _is_any_autocast_enabled() and not _transforms_active() and forward_ad._current_level < 0):
         try:
             if enable_gqa or query.shape[1] == key.shape[1]:
-                return _forward(query, key, value, None, None, None, None, None, None, scale, 0.0, -1,
-                                0 if is_causal else -1, False, 0.0)[0]
+                return _forward_plain(query, key, value, scale, is_causal)
         except (RuntimeError, IndexError):
             pass
 
