@@ -67,6 +67,7 @@ FA_INLINE void panel_load(const bwd *w, fa_lanes *l, fa_dtype dtype, bool pairs)
     for (int i = 0; i < l->nv * VL; i++) {
         int64_t row = (int64_t)l->bh[i] * a->q.size[2] + l->query[i];
         l->valid[i] = l->valid[i] && lse2[row] != INFINITY; /* Q and dO of a row that sees nothing are never read */
+        l->all_valid &= l->valid[i] || i >= l->n;
         at(w, w->at.lse2)[i] = l->valid[i] ? lse2[row] : INFINITY; /* 2^(S - inf) = 0 */
         at(w, w->at.delta)[i] = l->valid[i] ? delta[row] : 0;
     }
@@ -75,13 +76,19 @@ FA_INLINE void panel_load(const bwd *w, fa_lanes *l, fa_dtype dtype, bool pairs)
         pack_transposed(at(w, w->at.do_t), l, &a->dout, w->b, dtype, pairs);
 }
 
+/* s <- P = 2^(S - LSE): 0 for a hidden key and for a lane without a row, whatever NaN the other of the two may hold */
 FA_INLINE void weights(const bwd *w, const fa_lanes *l, float *s, int nk)
 {
+    vf none = v_set1(INFINITY), hide = v_set1(-INFINITY);
+    vm dead[BM_VECS];
+    for (int v = 0; v < l->nv; v++)
+        dead[v] = v_eq(v_load(at(w, w->at.lse2) + v * VL), none);
     for (int k = 0; k < nk; k++)
         for (int v = 0; v < l->nv; v++) {
             float *x = s + k * BM + v * VL;
-            vf y = v_sub(v_load(x), v_load(at(w, w->at.lse2) + v * VL));
-            v_store(x, v_exp2(v_min(v_zero(), y), 5)); /* scores of 1e9 round by more than their distance to the sum */
+            vf score = v_load(x), y = v_sub(score, v_load(at(w, w->at.lse2) + v * VL));
+            y = v_exp2(v_min(v_zero(), y), 5); /* scores of 1e9 round by more than their distance to the sum */
+            v_store(x, v_select(vm_or(dead[v], v_eq(score, hide)), v_zero(), y));
         }
 }
 

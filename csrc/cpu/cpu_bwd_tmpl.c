@@ -26,10 +26,7 @@ FA_INLINE fa_operand panel_rows_b(const bwd *w, float *dst, const fa_lanes *l, c
                                   bool pairs)
 {
     int64_t width = fa_padded(t->size[3], VL);
-    bool all = true;
-    for (int i = 0; i < l->n; i++)
-        all &= l->valid[i];
-    if (!w->panels.packed && all)
+    if (!w->panels.packed && l->all_valid)
         return operand_b(dst, t, w->b, l->head[0], l->query[0], l->n, dtype, pairs, NULL);
     size_t size = dtype == FA_F32 ? 4 : 2;
     for (int i = 0; i < l->n; i += pairs ? 2 : 1) {
@@ -83,7 +80,7 @@ FA_INLINE void add_dq(const bwd *w, const fa_lanes *l, key_block *kb, bool edge,
     uint8_t marks[BN];
     if (!kb->k_n.p)
         kb->k_n = operand_b(at(w, w->at.k_n), &a->k, w->b, w->hk, kb->k0, kb->nk, dtype, pairs, NULL);
-    if ((edge || w->ops.mask) && kb->nonfinite < 0) {
+    if ((edge || w->ops.mask || !l->all_valid) && kb->nonfinite < 0) {
         /* A hidden key must not be multiplied; for a row that sees the key, dS is NaN already. */
         kb->nonfinite = operand_nonfinite(marks, &a->k, w->b, w->hk, kb->k0, kb->nk, dtype);
         if (kb->nonfinite)
@@ -212,7 +209,8 @@ FA_INLINE void bwd_pre_rows(const fa_args *a, char *shared, int64_t first, int64
         lse2[row] = INFINITY;
         delta[row] = 0;
         if (seen) {
-            lse2[row] = (float)fmax(lse * FA_LOG2E, -FLT_MAX);
+            double x = lse * FA_LOG2E;
+            lse2[row] = x < -FLT_MAX ? -FLT_MAX : (float)x; /* NaN stays */
             delta[row] = dot_rows(row_of(&a->dout, b, h, q, size), &a->dout, row_of(&a->out, b, h, q, size), &a->out,
                                   dtype);
             if (a->dlse.data)

@@ -78,7 +78,7 @@ FA_INLINE void dot_block(const rows *w, int64_t k0, int nk, fa_dtype dtype)
 {
     const fa_tensor *t = &w->a->k;
     const char *k = row_of(t, w->b, w->hk, k0, w->size);
-    int64_t k_bytes = t->stride[2] * (int64_t)w->size, row_bytes = w->d * (int64_t)w->size;
+    int64_t k_bytes = row_step(t, w->size), row_bytes = w->d * (int64_t)w->size;
     for (int j = 0; j < nk; j += 4) {
         int n = nk - j < 4 ? nk - j : 4;
         for (int i = 0; i < n; i++)
@@ -164,7 +164,7 @@ FA_INLINE void value_block(const rows *w, int64_t k0, int nk, bool hides, const 
 {
     const fa_tensor *t = &w->a->v;
     const char *v = row_of(t, w->b, w->hk, k0, w->size);
-    int64_t v_bytes = t->stride[2] * (int64_t)w->size;
+    int64_t v_bytes = row_step(t, w->size);
     uint8_t marks[KB];
     if (hides && find_nonfinite(marks, v, v_bytes, nk, w->dv, 1, dtype)) {
         values_one_by_one(w, k0, nk, rescale);

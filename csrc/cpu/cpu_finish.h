@@ -30,7 +30,9 @@ static inline fa_row_end fa_finish_row(const fa_args *a, int64_t b, int64_t h, f
     }
     if (l == 0)
         return (fa_row_end){.scale = 0, .lse = -INFINITY};
-    double lse = top > -FLT_MAX ? ((double)top + log2f(l)) * ln2 : -FLT_MAX; /* where mask_values cut it off */
+    double lse = ((double)top + log2f(l)) * ln2;
+    if (top <= -FLT_MAX && !isnan(l)) /* where mask_values cut it off */
+        lse = -FLT_MAX;
     return (fa_row_end){.scale = keep * shrink / l, .lse = lse};
 }
 

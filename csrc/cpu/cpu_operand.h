@@ -24,7 +24,7 @@ FA_INLINE fa_operand operand_a(float *scratch, const fa_tensor *t, int64_t b, in
 {
     size_t size = dtype == FA_F32 ? 4 : 2;
     const char *rows = row_of(t, b, h, i, size);
-    int64_t row_bytes = t->stride[2] * (int64_t)size, d = t->size[3];
+    int64_t row_bytes = row_step(t, size), d = t->size[3];
     if (t->stride[3] == 1 && (dtype == FA_F32 || (pairs && d % 2 == 0)))
         return (fa_operand){rows, row_bytes};
     int64_t width = fa_padded(pairs ? (d + 1) / 2 : d, VL);
@@ -43,7 +43,7 @@ FA_INLINE fa_operand operand_b(float *scratch, const fa_tensor *t, int64_t b, in
 {
     size_t size = dtype == FA_F32 ? 4 : 2;
     const char *rows = row_of(t, b, h, i, size);
-    int64_t row_bytes = t->stride[2] * (int64_t)size, d = t->size[3], width = fa_padded(d, VL);
+    int64_t row_bytes = row_step(t, size), d = t->size[3], width = fa_padded(d, VL);
     if (dtype == FA_F32 && t->stride[3] == 1 && d % VL == 0 && !skip)
         return (fa_operand){rows, row_bytes};
 #ifdef FA_ISA_AVX512BF16
@@ -61,7 +61,7 @@ FA_INLINE int operand_nonfinite(uint8_t *marks, const fa_tensor *t, int64_t b, i
                                 fa_dtype dtype)
 {
     size_t size = dtype == FA_F32 ? 4 : 2;
-    return find_nonfinite(marks, row_of(t, b, h, i, size), t->stride[2] * (int64_t)size, n, t->size[3], t->stride[3],
+    return find_nonfinite(marks, row_of(t, b, h, i, size), row_step(t, size), n, t->size[3], t->stride[3],
                           dtype);
 }
 

@@ -30,6 +30,12 @@ FA_INLINE const char *row_of(const fa_tensor *t, int64_t b, int64_t h, int64_t s
     return (const char *)t->data + (b * t->stride[0] + h * t->stride[1] + s * t->stride[2]) * (int64_t)size;
 }
 
+/* bytes from one row to the next; where there is only one, its stride may be any number */
+FA_INLINE int64_t row_step(const fa_tensor *t, size_t size)
+{
+    return t->size[2] > 1 ? t->stride[2] * (int64_t)size : 0;
+}
+
 /* elements d .. d+n-1 of a row as fp32; 0 past n */
 FA_INLINE vf load_f32(const char *row, int64_t d, int n, int64_t stride, fa_dtype t)
 {
@@ -76,6 +82,7 @@ typedef struct fa_lanes {
     int64_t first, last;    /* smallest and largest query among the rows */
     bool any;               /* some row lies within the sequence's length */
     bool valid[BM];         /* the lane has a row, within the length; backward: that sees a key */
+    bool all_valid;         /* each row is */
     int64_t head[BM];       /* absolute query head; lanes past n repeat the last row */
     int32_t query[BM];
     int32_t bh[BM];         /* b * HQ + head, for dropout */
@@ -107,6 +114,7 @@ static inline void lanes_init(fa_lanes *l, const fa_args *a, const fa_panels *pa
             q = 0, g++;
     }
     l->any = l->first < span->q_len;
+    l->all_valid = l->last < span->q_len;
     l->last = fa_min64(l->last, span->q_len - 1);
 }
 
