@@ -19,6 +19,11 @@ GROUPS = [MASKS, ["window", "window_left", "window_right", "window_self"], ["ali
           ["scale", "scale_zero", "scale_negative"]]
 
 
+def size_of_sums(case):
+    """Random cases are often of a few elements, whose sums of terms of about this size cancel: that leaves their error."""
+    return 4.0 if case.dtype in ("float32", "float64") else 1.0
+
+
 @st.composite
 def cases(draw, dtypes=FLOATS + ("float64",)):
     group = draw(st.sampled_from([1, 1, 2, 3, 4, 8]))
@@ -32,13 +37,13 @@ def cases(draw, dtypes=FLOATS + ("float64",)):
 
 @given(cases())
 def test_forward_and_backward(case):
-    check_case(case)
+    check_case(case, least=size_of_sums(case))
 
 
 @given(cases())
 def test_forward_of_one_query(case):
     """A single query row against many keys: the kernels of decoding, through the drop-in."""
-    check_case(case.but(SQ=1, SK=case.SK * 7), backward=False)
+    check_case(case.but(SQ=1, SK=case.SK * 7), backward=False, least=size_of_sums(case))
 
 
 @given(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 4), st.integers(0, 9), st.integers(0, 9),
@@ -67,4 +72,4 @@ def test_any_order_of_strides(case, orders):
         order = orders[names.index(name)]
         return x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
 
-    check_case(case, change=permute)
+    check_case(case, change=permute, least=size_of_sums(case))

@@ -62,7 +62,7 @@ FA_INLINE void add_over_rows(const bwd *w, const fa_lanes *l, const key_block *k
     add_product(&g, NULL, pairs);
 }
 
-/* The rows of dQ of a panel: in the tensor, or in the fp32 copy [B * HQ * SQ][d_pad]. Consecutive in both. */
+/* The rows of dQ of a panel: in the tensor, or in the fp32 copy [B * HQ * SQ][D]. Consecutive in both. */
 FA_INLINE float *dq_rows(const bwd *w, const fa_lanes *l, int64_t *step)
 {
     const fa_tensor *dq = &w->a->dq;
@@ -70,13 +70,25 @@ FA_INLINE float *dq_rows(const bwd *w, const fa_lanes *l, int64_t *step)
         *step = dq->stride[2];
         return (float *)(void *)(uintptr_t)row_of(dq, w->b, l->head[0], l->query[0], 4);
     }
-    *step = w->d_pad;
-    return (float *)(void *)(w->shared + w->common.dq) + ((int64_t)l->bh[0] * w->a->q.size[2] + l->query[0]) * w->d_pad;
+    *step = dq->size[3];
+    return (float *)(void *)(w->shared + w->common.dq) +
+           ((int64_t)l->bh[0] * w->a->q.size[2] + l->query[0]) * dq->size[3];
+}
+
+/* rows of dQ += tile[n][d_pad], where d elements are no whole number of vectors */
+FA_INLINE void add_narrow_rows(float *dq, int64_t step, const float *tile, int64_t d_pad, int n, int64_t d)
+{
+    for (int i = 0; i < n; i++)
+        for (int64_t c = 0; c < d; c += VL) {
+            float *to = dq + i * step + c;
+            v_store_n(to, part(c, d), v_add(v_load_n(to, part(c, d)), v_load(tile + i * d_pad + c)));
+        }
 }
 
 FA_INLINE void add_dq(const bwd *w, const fa_lanes *l, key_block *kb, bool edge, fa_dtype dtype, bool pairs)
 {
     const fa_args *a = w->a;
+    int64_t d = a->q.size[3];
     uint8_t marks[BN];
     if (!kb->k_n.p)
         kb->k_n = operand_b(at(w, w->at.k_n), &a->k, w->b, w->hk, kb->k0, kb->nk, dtype, pairs, NULL);
@@ -97,7 +109,14 @@ FA_INLINE void add_dq(const bwd *w, const fa_lanes *l, key_block *kb, bool edge,
         g.k = (kb->nk + 1) / 2;
     }
 #endif
-    add_product(&g, NULL, pairs);
+    if (d % VL == 0) {
+        add_product(&g, NULL, pairs);
+        return;
+    }
+    g.c = at(w, w->at.dq);
+    g.cm = w->d_pad;
+    product(&g, 1.0f, pairs);
+    add_narrow_rows(dq, step, g.c, w->d_pad, l->n, d);
 }
 
 /* Blocks add to a panel of dQ in the order of the keys, beginning with the first block the panel sees. */
@@ -201,7 +220,7 @@ FA_INLINE void bwd_pre_rows(const fa_args *a, char *shared, int64_t first, int64
     fa_bwd_shared at = fa_bwd_shared_of(a, &t);
     float *lse2 = (float *)(void *)(shared + at.lse2), *delta = (float *)(void *)(shared + at.delta);
     size_t size = dtype == FA_F32 ? 4 : 2;
-    int64_t hq = a->q.size[1], sq = a->q.size[2], d_pad = fa_padded(a->q.size[3], VL);
+    int64_t hq = a->q.size[1], sq = a->q.size[2];
     for (int64_t row = first; row < last; row++) {
         int64_t q = row % sq, h = row / sq % hq, b = row / sq / hq;
         float lse = *(const float *)(const void *)row_of(&a->lse, b, h, q, 4);
@@ -219,7 +238,7 @@ FA_INLINE void bwd_pre_rows(const fa_args *a, char *shared, int64_t first, int64
         if (a->dq.data && at.dq_direct)
             memset((void *)(uintptr_t)row_of(&a->dq, b, h, q, 4), 0, (size_t)a->q.size[3] * 4);
         else if (a->dq.data)
-            memset((float *)(void *)(shared + at.dq) + row * d_pad, 0, (size_t)d_pad * 4);
+            memset((float *)(void *)(shared + at.dq) + row * a->q.size[3], 0, (size_t)a->q.size[3] * 4);
     }
 }
 
@@ -227,11 +246,11 @@ FA_INLINE void bwd_post_rows(const fa_args *a, char *shared, int64_t first, int6
 {
     fa_target t = {.lanes = VL, .panel_rows = BM, .key_block = BN};
     const float *dq = (const float *)(const void *)(shared + fa_bwd_shared_of(a, &t).dq);
-    int64_t hq = a->q.size[1], sq = a->q.size[2], d = a->q.size[3], d_pad = fa_padded(d, VL);
+    int64_t hq = a->q.size[1], sq = a->q.size[2], d = a->q.size[3];
     for (int64_t row = first; row < last; row++) {
         char *to = (char *)(uintptr_t)row_of(&a->dq, row / sq / hq, row / sq % hq, row % sq, dtype == FA_F32 ? 4 : 2);
         for (int64_t i = 0; i < d; i += VL)
-            store_f32(to, i, part(i, d), a->dq.stride[3], dtype, v_load(dq + row * d_pad + i));
+            store_f32(to, i, part(i, d), a->dq.stride[3], dtype, v_load_n(dq + row * d + i, part(i, d)));
     }
 }
 

@@ -148,15 +148,15 @@ static __attribute__((noinline)) void values_one_by_one(const rows *w, int64_t k
 {
     const fa_tensor *t = &w->a->v;
     for (int r = 0; r < w->n; r++) {
-        float *out = w->out + r * w->dv_pad;
-        for (int64_t d = 0; d < w->dv; d++)
-            out[d] *= rescale[r];
+        float *out = w->out + r * w->dv_pad, acc[FA_MAX_HEAD_DIM] = {0};
         for (int j = 0; j < nk; j++) {
             const char *row = row_of(t, w->b, w->hk, k0 + j, w->size);
             float p = w->scores[r * KB + j];
             for (int64_t d = 0; p != 0 && d < w->dv; d++)
-                out[d] += p * (float)fa_load(row, t->dtype, d);
+                acc[d] = fmaf(p, (float)fa_load(row, t->dtype, d), acc[d]); /* the bits of value_tile */
         }
+        for (int64_t d = 0; d < w->dv; d++)
+            out[d] = fmaf(out[d], rescale[r], acc[d]);
     }
 }
 

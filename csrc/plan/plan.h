@@ -82,6 +82,7 @@ typedef struct fa_bwd_scratch {
     size_t info, q_t, q_n, do_t, do_n, lse2, delta;      /* the panel */
     size_t scores, grads, bias, capped, s_pairs, g_pairs; /* [BN][BM] */
     size_t k, v, k_n, dk, dv;                             /* the key block */
+    size_t dq;                                            /* [BM][d_pad], where rows of dQ are no whole vectors */
     size_t sum;                                           /* gradient of a tile of the mask */
     size_t bytes;
 } fa_bwd_scratch;

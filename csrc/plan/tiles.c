@@ -101,6 +101,7 @@ fa_bwd_scratch fa_bwd_scratch_of(const fa_args *a, const fa_target *t)
     s.k_n = take(&s.bytes, bn / pack * d_pad * 4);
     s.dk = take(&s.bytes, bn * d_pad * 4);
     s.dv = take(&s.bytes, bn * dv_pad * 4);
+    s.dq = take(&s.bytes, d % t->lanes ? bm * d_pad * 4 : 0);
     s.sum = take(&s.bytes, a->dmask.data ? tile : 0);
     return s;
 }
@@ -113,6 +114,6 @@ fa_bwd_shared fa_bwd_shared_of(const fa_args *a, const fa_target *t)
     s.lse2 = take(&s.bytes, rows * 4);
     s.delta = take(&s.bytes, rows * 4);
     s.turn = take(&s.bytes, a->q.size[0] * a->k.size[1] * panels.count * 4);
-    s.dq = take(&s.bytes, a->dq.data && !s.dq_direct ? rows * fa_padded(d, t->lanes) * 4 : 0);
+    s.dq = take(&s.bytes, a->dq.data && !s.dq_direct ? rows * d * 4 : 0);
     return s;
 }
