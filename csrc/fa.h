@@ -75,7 +75,7 @@ typedef struct fa_args {
     fa_tensor v;          /* (B, HK, SK, DV) */
     fa_tensor mask;       /* each size full or 1 against (B, HQ, SQ, SK); bool (true = attend), f32 or q's dtype (added,
                              in nats); may be absent */
-    fa_tensor sinks;      /* (B or 1, HQ, 1, 1) f32 or q's dtype: a logit that joins the denominator only; may be absent */
+    fa_tensor sinks;      /* (B or 1, HQ, 1, 1) f32 or q's dtype: a logit of the denominator only; may be absent */
     fa_tensor alibi;      /* (B or 1, HQ, 1, 1) f32 or q's dtype: adds -slope * |i + offset - j|; may be absent */
     fa_tensor q_seqlens;  /* (B, 1, 1, 1) i32 or i64: rows at and past it give 0 and no gradient; may be absent */
     fa_tensor kv_seqlens; /* (B, 1, 1, 1) i32 or i64: keys at and past it are never read; may be absent */
@@ -157,7 +157,7 @@ typedef struct fa_exec {
 fa_status fa_run_forward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
 fa_status fa_run_backward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
 
-/* ---- what this machine and this build can do ---------------------------------------------------------------------- */
+/* ---- what this machine and this build can do -------------------------------------------------------------------- */
 
 typedef enum fa_cpu_flags {
     FA_CPU_AVX2 = 1 << 0,        /* with FMA and F16C */
@@ -187,8 +187,8 @@ typedef struct fa_kernel_info {
 int fa_kernels(fa_kernel_info *list, int n);
 
 /* Work whose time gives the machine's ceilings, on the calling thread, with the highest instruction set enabled. Each
- * returns how much it did: FLOP of fp32 multiply-adds, FLOP of bf16 dot products (0 where there is no such instruction),
- * bytes read. data holds `floats` fp32. */
+ * returns how much it did: FLOP of fp32 multiply-adds, FLOP of bf16 dot products (0 where there is no such
+ * instruction), bytes read. data holds `floats` fp32. */
 double fa_probe_fma(int64_t steps);
 double fa_probe_dot_bf16(int64_t steps);
 double fa_probe_read(const float *data, int64_t floats);

@@ -85,8 +85,8 @@ def size_of(ref):
 
 def check(name, got, ref, peers, dtype, least=0.0):
     """Asserts the rule for one tensor. ref is float64. peers: what eager gives and, of gradients, what float64 gives
-    with a rounded output; the worse of them sets the bar. dtype is that of the inputs. least: what the largest value counts
-    as at least; for tensors of a few elements, where sums cancel and eager may be exact by luck."""
+    with a rounded output; the worse of them sets the bar. dtype is that of the inputs. least: what the largest value
+    counts as at least; for tensors of a few elements, where sums cancel and eager may be exact by luck."""
     assert got.shape == ref.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(ref.shape)}"
     ulps, eps = ULPS[got.dtype], torch.finfo(got.dtype).eps
     small = ulps * eps * max(size_of(ref), least)

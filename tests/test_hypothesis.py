@@ -20,7 +20,7 @@ GROUPS = [MASKS, ["window", "window_left", "window_right", "window_self"], ["ali
 
 
 def size_of_sums(case):
-    """Random cases are often of a few elements, whose sums of terms of about this size cancel: that leaves their error."""
+    """Random cases are often of a few elements, whose sums of terms of about this size cancel: the error stays."""
     return 4.0 if case.dtype in ("float32", "float64") else 1.0
 
 

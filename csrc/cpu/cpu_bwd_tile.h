@@ -123,8 +123,8 @@ static inline void softcap_keeping(float *s, float *capped, int nk, int nv, doub
         }
 }
 
-/* P of the tile into scores and, where w->grads, dS into grads (see score_grads). Returns false, and leaves both, if the
- * mask hides every key of the block from every row of the panel. */
+/* P of the tile into scores and, where w->grads, dS into grads (see score_grads). Returns false, and leaves both, if
+ * the mask hides every key of the block from every row of the panel. */
 FA_INLINE bool tile_grads(const bwd *w, const fa_lanes *l, const key_block *kb, bool of_dot, bool edge, bool pairs)
 {
     const fa_args *a = w->a;

@@ -19,7 +19,7 @@
 #include "cpu_bwd_tile.h"
 #include "cpu_ops.h"
 
-/* ---- dQ, dK, dV --------------------------------------------------------------------------------------------------- */
+/* ---- dQ, dK, dV -------------------------------------------------------------------------------------------------- */
 
 /* The panel's rows of t as operand B. One head's consecutive rows may serve as they lie, if all are valid. */
 FA_INLINE fa_operand panel_rows_b(const bwd *w, float *dst, const fa_lanes *l, const fa_tensor *t, fa_dtype dtype,
@@ -202,7 +202,7 @@ FA_INLINE void bwd_task(const fa_args *a, const fa_plan *plan, int64_t task, cha
         store_block(&w, &a->dv, at(&w, w.at.dv), w.dv_pad, &kb, w.ops.dropout ? w.keep : 1.0f, dtype);
 }
 
-/* ---- rows: before and after ---------------------------------------------------------------------------------------- */
+/* ---- rows: before and after -------------------------------------------------------------------------------------- */
 
 FA_INLINE float dot_rows(const char *x, const fa_tensor *tx, const char *y, const fa_tensor *ty, fa_dtype dtype)
 {

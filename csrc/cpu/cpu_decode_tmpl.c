@@ -39,7 +39,7 @@ typedef struct rows {
 FA_INLINE void prefetch_row(const char *row, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch(row + i, _MM_HINT_T0);
+        _mm_prefetch(row + i, _MM_HINT_T1); /* a block is as large as the first-level cache: not into that */
 }
 
 /* dots of nr rows of q with nk <= 4 keys */

@@ -2,8 +2,8 @@
  * instruction set.
  *
  * A pass of its own: one task owns one tile of the mask's gradient and visits every tile of scores that the mask entry
- * took part in, in a fixed order, so that no sum crosses tasks and no S x S array exists besides the result. It costs two
- * matrix products more than a backward that would add to the gradient as it goes, and needs no atomics.
+ * took part in, in a fixed order, so that no sum crosses tasks and no S x S array exists besides the result. It costs
+ * two matrix products more than a backward that would add to the gradient as it goes, and needs no atomics.
  */
 #include "cpu_bwd_tile.h"
 #include "cpu_ops.h"

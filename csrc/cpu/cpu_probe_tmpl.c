@@ -1,5 +1,5 @@
-/* Work whose time gives the machine's ceilings: multiply-adds from registers, and reading memory. Compiled once for each
- * instruction set; timed by whoever calls. */
+/* Work whose time gives the machine's ceilings: multiply-adds from registers, and reading memory. Compiled once for
+ * each instruction set; timed by whoever calls. */
 #include "cpu_ops.h"
 #include "cpu_simd.h"
 

@@ -131,8 +131,8 @@ static void merge_row(const fa_args *a, const float *parts, int64_t part_step, i
 {
     int64_t sq = a->q.size[2], hq = a->q.size[1], dv = a->v.size[3];
     int64_t q = row % sq, h = row / sq % hq, b = row / sq / hq;
-    char *out = (char *)a->out.data +
-                (b * a->out.stride[0] + h * a->out.stride[1] + q * a->out.stride[2]) * (int64_t)fa_dtype_size(a->out.dtype);
+    int64_t at = b * a->out.stride[0] + h * a->out.stride[1] + q * a->out.stride[2];
+    char *out = (char *)a->out.data + at * (int64_t)fa_dtype_size(a->out.dtype);
     float top = -INFINITY, l = 0, sum[FA_MAX_HEAD_DIM] = {0};
     for (int64_t s = 0; s < splits; s++)
         top = parts[s * part_step] > top ? parts[s * part_step] : top;

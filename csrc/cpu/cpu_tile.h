@@ -221,7 +221,7 @@ FA_INLINE int find_nonfinite(uint8_t *marks, const char *rows, int64_t row_bytes
     return count;
 }
 
-/* ---- what changes scores ------------------------------------------------------------------------------------------ */
+/* ---- what changes scores ----------------------------------------------------------------------------------------- */
 
 /* n values of one row of the mask from key k on, in units of log2; -inf where a bool mask hides; 0 past n */
 FA_INLINE vf mask_values(const fa_tensor *m, const char *row, int64_t k, int n)

@@ -55,7 +55,7 @@ void fa_panel_row(const fa_panels *p, int64_t panel, int64_t row, int64_t *head,
 /* queries of which panel p holds rows */
 fa_range fa_panel_queries(const fa_panels *p, int64_t panel);
 
-/* ---- scratch of one worker (tiles.c): offsets in bytes, each 64-byte aligned ---------------------------------------- */
+/* ---- scratch of one worker (tiles.c): offsets in bytes, each 64-byte aligned ------------------------------------- */
 
 typedef struct fa_fwd_scratch {
     size_t panel;       /* first of chunk_panels records of panel_bytes each, at these offsets inside: */
@@ -89,8 +89,9 @@ typedef struct fa_bwd_scratch {
 
 fa_bwd_scratch fa_bwd_scratch_of(const fa_args *a, const fa_target *t);
 
-/* What all workers of a backward share: per query row the log-sum-exp in units of log2 (+inf for a row that sees nothing)
- * and rowsum(dO * O) - dLSE; per panel whose turn it is to add to dQ; dQ in fp32 unless the tensor itself can hold it. */
+/* What all workers of a backward share: per query row the log-sum-exp in units of log2 (+inf for a row that sees
+ * nothing) and rowsum(dO * O) - dLSE; per panel whose turn it is to add to dQ; dQ in fp32 unless the tensor itself can
+ * hold it. */
 typedef struct fa_bwd_shared {
     size_t lse2, delta, turn, dq;
     bool dq_direct;

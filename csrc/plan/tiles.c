@@ -110,7 +110,8 @@ fa_bwd_shared fa_bwd_shared_of(const fa_args *a, const fa_target *t)
 {
     int64_t rows = a->q.size[0] * a->q.size[1] * a->q.size[2], d = a->q.size[3];
     fa_panels panels = fa_panels_of(a, t->panel_rows);
-    fa_bwd_shared s = {.dq_direct = !panels.packed && a->dq.dtype == FA_F32 && a->dq.stride[3] == 1 && d % t->lanes == 0};
+    bool whole_vectors = a->dq.dtype == FA_F32 && a->dq.stride[3] == 1 && d % t->lanes == 0;
+    fa_bwd_shared s = {.dq_direct = !panels.packed && whole_vectors};
     s.lse2 = take(&s.bytes, rows * 4);
     s.delta = take(&s.bytes, rows * 4);
     s.turn = take(&s.bytes, a->q.size[0] * a->k.size[1] * panels.count * 4);

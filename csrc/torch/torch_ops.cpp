@@ -419,10 +419,10 @@ void plan_gradients(fa_args *a, const Inputs &in, int64_t needs)
         refuse("needs asks for the gradient of sinks, which is None");
     if (needs & NEED_QUERY)
         a->dq = planned_like(a->q);
-    if (needs & (NEED_KEY | NEED_VALUE)) { // one pass computes both
+    if (needs & NEED_KEY)
         a->dk = planned_like(a->k);
+    if (needs & NEED_VALUE)
         a->dv = planned_like(a->v);
-    }
     if (needs & NEED_MASK) // by the mask's own strides: those in a->mask are 0 where it is broadcast
         a->dmask = planned_like(full_view(*in.attn_mask, "attn_mask", "4-D"));
     if (needs & NEED_SINKS)
@@ -463,8 +463,7 @@ backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tensor &quer
         plan_and_run(a, fa_plan_backward, fa_run_backward);
     if (a.dsinks.data && a.dsinks.dtype != a.sinks.dtype)
         dsinks = torch::stable::to(dsinks, sinks->scalar_type());
-    return {dq, needs & NEED_KEY ? dk : nothing(a.k.dtype), needs & NEED_VALUE ? dv : nothing(a.v.dtype), dmask,
-            dsinks};
+    return {dq, dk, dv, dmask, dsinks};
 }
 
 } // namespace
