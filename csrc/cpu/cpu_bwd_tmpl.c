@@ -85,7 +85,8 @@ FA_INLINE void add_narrow_rows(float *dq, int64_t step, const float *tile, int64
         }
 }
 
-FA_INLINE void add_dq(const bwd *w, const fa_lanes *l, key_block *kb, bool edge, fa_dtype dtype, bool pairs)
+/* nk: the keys of the block in grads */
+FA_INLINE void add_dq(const bwd *w, const fa_lanes *l, key_block *kb, int nk, bool edge, fa_dtype dtype, bool pairs)
 {
     const fa_args *a = w->a;
     int64_t d = a->q.size[3];
@@ -100,13 +101,13 @@ FA_INLINE void add_dq(const bwd *w, const fa_lanes *l, key_block *kb, bool edge,
     }
     int64_t step;
     float *dq = dq_rows(w, l, &step);
-    fa_gemm g = {.m = l->n, .nv = (int)(w->d_pad / VL), .k = kb->nk, .a = at(w, w->at.grads), .am = 4, .ak = BM * 4,
+    fa_gemm g = {.m = l->n, .nv = (int)(w->d_pad / VL), .k = nk, .a = at(w, w->at.grads), .am = 4, .ak = BM * 4,
                  .b = kb->k_n.p, .bk = kb->k_n.bytes, .c = dq, .cm = step};
 #ifdef FA_ISA_AVX512BF16
     if (pairs) {
-        pair_keys(at(w, w->at.g_pairs), at(w, w->at.grads), kb->nk, l->nv);
+        pair_keys(at(w, w->at.g_pairs), at(w, w->at.grads), nk, l->nv);
         g.a = at(w, w->at.g_pairs);
-        g.k = (kb->nk + 1) / 2;
+        g.k = (nk + 1) / 2;
     }
 #endif
     if (d % VL == 0) {
@@ -145,17 +146,19 @@ FA_INLINE void panel_step(const bwd *w, int64_t panel, key_block *kb, fa_dtype d
     fa_lanes *l = (fa_lanes *)(void *)(w->scratch + w->at.info);
     lanes_init(l, a, &w->panels, &w->span, w->b, w->hk, panel);
     panel_load(w, l, dtype, pairs);
-    bool edge = is_edge(w, l, kb);
-    bool seen = tile_grads(w, l, kb, true, edge, pairs);
+    key_block visible = *kb; /* without the last keys, if no row of the panel sees them */
+    visible.nk = (int)fa_min64(kb->nk, fa_round_up(keys.hi - kb->k0, pairs ? 2 : 1));
+    bool edge = is_edge(w, l, &visible);
+    bool seen = tile_grads(w, l, &visible, true, edge, pairs);
     if (seen && a->dk.data) {
         fa_operand q_n = panel_rows_b(w, at(w, w->at.q_n), l, &a->q, dtype, pairs);
-        add_over_rows(w, l, kb, at(w, w->at.grads), q_n, at(w, w->at.dk), w->d_pad, pairs);
+        add_over_rows(w, l, &visible, at(w, w->at.grads), q_n, at(w, w->at.dk), w->d_pad, pairs);
     }
     if (seen && a->dv.data) {
         if (w->ops.dropout)
-            apply_dropout(at(w, w->at.scores), l, a->dropout_seed, a->dropout_p, kb->k0, kb->nk);
+            apply_dropout(at(w, w->at.scores), l, a->dropout_seed, a->dropout_p, visible.k0, visible.nk);
         fa_operand do_n = panel_rows_b(w, at(w, w->at.do_n), l, &a->dout, dtype, pairs);
-        add_over_rows(w, l, kb, at(w, w->at.scores), do_n, at(w, w->at.dv), w->dv_pad, pairs);
+        add_over_rows(w, l, &visible, at(w, w->at.scores), do_n, at(w, w->at.dv), w->dv_pad, pairs);
     }
     if (!a->dq.data)
         return;
@@ -163,7 +166,7 @@ FA_INLINE void panel_step(const bwd *w, int64_t panel, key_block *kb, fa_dtype d
     int32_t mine = (int32_t)(kb->index - keys.lo / BN);
     wait_for_turn(turn, mine);
     if (seen)
-        add_dq(w, l, kb, edge, dtype, pairs);
+        add_dq(w, l, kb, visible.nk, edge, dtype, pairs);
     atomic_store_explicit(turn, mine + 1, memory_order_release);
 }
 
