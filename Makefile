@@ -1,4 +1,4 @@
-# The commands of the README. All goes into .venv and build/, nothing outside of this folder.
+# The commands of the README. All goes into .venv and build/, but for the demo's model (examples/smollm.py).
 #
 #   make demo [ARGS="--tokens 1000"]    make test [ARGS="-k mask"]    make bench [ARGS="--ops fwd"]    make clean
 #

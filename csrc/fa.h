@@ -10,7 +10,7 @@
  *     SQ queries, SK keys, D head dimension of Q and K, DV of V and O. D and DV are 1..512.
  *   - Every tensor is a 4-D view with strides in elements; any stride is allowed, also 0 (broadcast) on inputs.
  *   - Logarithms are natural and the log-sum-exp is in nats.
- *   - A call is: fa_validate -> fa_plan_* -> caller provides plan.workspace bytes -> fa_run_*. Nothing here allocates,
+ *   - A call is: fa_validate_* -> fa_plan_* -> caller provides plan.workspace bytes -> fa_run_*. Nothing here allocates,
  *     keeps state between calls, prints, or exits; every function may be called from any thread.
  */
 #ifndef FA_H
@@ -177,7 +177,7 @@ void fa_cpu_refresh(void);
 
 typedef struct fa_kernel_info {
     const char *name; /* fa_<op>_<target>_<dtype> */
-    const char *op;   /* fwd, decode, bwd */
+    const char *op;   /* fwd, decode, bwd, dmask */
     const char *target;
     fa_dtype dtype;
     bool usable;      /* this machine has the instruction set and the environment allows it */

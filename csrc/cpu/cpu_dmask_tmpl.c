@@ -72,19 +72,16 @@ FA_INLINE void dmask_task(const fa_args *a, int64_t task, char *scratch, char *s
     fa_range q = covered(&a->mask, 2, q_tile, BM, sq), keys = covered(&a->mask, 3, k_tile, BN, sk);
     fa_range heads = covered(&a->mask, 1, mh, 1, hq), batch = covered(&a->mask, 0, mb, 1, a->q.size[0]);
     fa_panels panels = {.group = 1, .sq = sq, .rows = BM, .count = fa_ceil_div(sq, BM)};
-    float *sum = NULL;
+    fa_target target = {.lanes = VL, .panel_rows = BM, .key_block = BN, .pair_units = pairs};
+    float *sum = (float *)(void *)(scratch + fa_bwd_scratch_of(a, &target).sum);
+    memset(sum, 0, sizeof(float) * BN * BM);
     for (int64_t b = batch.lo; b < batch.hi; b++)
         for (int64_t h = heads.lo; h < heads.hi; h++) {
             bwd w = bwd_begin(a, scratch, shared, b, h / (hq / a->k.size[1]), panels, pairs);
             w.grads = true;
-            if (!sum) {
-                sum = at(&w, w.at.sum);
-                memset(sum, 0, sizeof(float) * BN * BM);
-            }
             add_head(&w, h, q, keys, sum, dtype, pairs);
         }
-    if (sum)
-        store_tile(a, sum, mb, mh, q, keys);
+    store_tile(a, sum, mb, mh, q, keys);
 }
 
 #define DMASK(name, dtype, pairs)                                                                                      \

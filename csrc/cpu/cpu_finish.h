@@ -22,8 +22,8 @@ static inline fa_row_end fa_finish_row(const fa_args *a, int64_t b, int64_t h, f
     if (a->sinks.data) {
         int64_t at = (a->sinks.size[0] > 1 ? b : 0) * a->sinks.stride[0] + h * a->sinks.stride[1];
         float sink = (float)(fa_load(a->sinks.data, a->sinks.dtype, at) / ln2);
-        top = sink > m ? sink : m;
-        if (top > -INFINITY) {
+        top = sink > m || isnan(sink) ? sink : m;
+        if (top != -INFINITY) {
             shrink = exp2f(m - top);
             l = l * shrink + exp2f(sink - top);
         }

@@ -104,8 +104,14 @@ static void run_pass(pass *p, const fa_exec *exec)
         work(p, 0);
 }
 
-static fa_status check_workspace(const fa_plan *plan, const fa_exec *exec, fa_error *err)
+/* The plan fits one kernel: between plan and run the environment may have changed. */
+static fa_status check_plan(const fa_target *target, const fa_plan *plan, const fa_exec *exec, fa_error *err)
 {
+    if (strcmp(plan->kernel, target->name)) {
+        snprintf(err->text, sizeof err->text, "the plan is for kernel %s; now enabled is %s: plan again", plan->kernel,
+                 target->name);
+        return FA_ERR_UNSUPPORTED;
+    }
     if (exec->workspace && exec->workspace_size >= plan->workspace)
         return FA_OK;
     snprintf(err->text, sizeof err->text, "workspace of %zu bytes; the plan needs %zu",
@@ -163,13 +169,15 @@ static void merge_task(const fa_args *a, const fa_plan *plan, int64_t task, char
 
 fa_status fa_run_forward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err)
 {
-    fa_status status = check_workspace(plan, exec, err);
-    if (status)
-        return status;
     fa_cpu_ops ops;
     fa_cpu_ops_init(&ops, fa_cpu_enabled());
+    fa_task_fn *run;
+    fa_target target = forward_target(a, &ops, &run);
+    fa_status status = check_plan(&target, plan, exec, err);
+    if (status)
+        return status;
     pass p = pass_of(a, plan, exec);
-    forward_target(a, &ops, &p.run);
+    p.run = run;
     p.tasks = plan->tasks;
     run_pass(&p, exec);
     if (plan->splits > 1) {
@@ -193,14 +201,14 @@ static void run_rows(pass *p, const fa_exec *exec, fa_rows_fn *rows)
 
 fa_status fa_run_backward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err)
 {
-    fa_status status = check_workspace(plan, exec, err);
-    if (status)
-        return status;
     fa_cpu_ops ops;
     fa_cpu_ops_init(&ops, fa_cpu_enabled());
     fa_dtype t = a->q.dtype;
     bool scalar = is_scalar(&ops, t), wants_tensors = a->dq.data || a->dk.data || a->dv.data;
     fa_target target = backward_target(a, &ops);
+    fa_status status = check_plan(&target, plan, exec, err);
+    if (status)
+        return status;
     pass p = pass_of(a, plan, exec);
     if (!scalar && (wants_tensors || a->dmask.data)) {
         fa_bwd_shared shared = fa_bwd_shared_of(a, &target);

@@ -223,7 +223,7 @@ FA_INLINE int find_nonfinite(uint8_t *marks, const char *rows, int64_t row_bytes
 
 /* ---- what changes scores ----------------------------------------------------------------------------------------- */
 
-/* n values of one row of the mask from key k on, in units of log2; -inf where a bool mask hides; 0 past n */
+/* n values of one row of the mask from key k on, in units of log2; -inf where a bool mask hides; past n anything */
 FA_INLINE vf mask_values(const fa_tensor *m, const char *row, int64_t k, int n)
 {
     int64_t stride = m->size[3] > 1 ? m->stride[3] : 0;

@@ -72,7 +72,7 @@ typedef struct fa_fwd_scratch {
 fa_fwd_scratch fa_fwd_scratch_of(const fa_args *a, const fa_target *t, int64_t chunk_panels);
 
 typedef struct fa_rows_scratch {
-    size_t q, scores, bias, out, max, sum;
+    size_t q, scores, out, max, sum;
     size_t bytes;
 } fa_rows_scratch;
 

@@ -43,8 +43,6 @@ static size_t take(size_t *top, int64_t bytes)
     return at;
 }
 
-
-
 fa_fwd_scratch fa_fwd_scratch_of(const fa_args *a, const fa_target *t, int64_t chunk_panels)
 {
     int64_t d = a->q.size[3], bm = t->panel_rows, bn = t->key_block;
@@ -71,7 +69,6 @@ fa_rows_scratch fa_rows_scratch_of(const fa_args *a, const fa_target *t)
     fa_rows_scratch s = {0};
     s.q = take(&s.bytes, rows * d_pad * 4);
     s.scores = take(&s.bytes, rows * t->key_block * 4);
-    s.bias = take(&s.bytes, rows * t->key_block * 4);
     s.out = take(&s.bytes, rows * dv_pad * 4);
     s.max = take(&s.bytes, rows * 4);
     s.sum = take(&s.bytes, rows * 4);

@@ -208,6 +208,9 @@ static fa_status check_dims(const fa_args *a, fa_error *err)
         return refuse(err, FA_ERR_SHAPE,
                       "query has length %" PRId64 " and key %" PRId64 ": lengths must be at most %" PRId64, q[2], k[2],
                       FA_MAX_SEQ);
+    if (q[1] > 0 && q[0] > INT32_MAX / q[1])
+        return refuse(err, FA_ERR_SHAPE, "query has batch size %" PRId64 " and %" PRId64
+                      " heads: their product must be at most %d", q[0], q[1], INT32_MAX);
     if (q[3] != k[3])
         return refuse(err, FA_ERR_SHAPE, "query has head dimension %" PRId64 " and key %" PRId64 ": they must be equal",
                       q[3], k[3]);
