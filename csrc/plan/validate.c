@@ -208,9 +208,6 @@ static fa_status check_dims(const fa_args *a, fa_error *err)
         return refuse(err, FA_ERR_SHAPE,
                       "query has length %" PRId64 " and key %" PRId64 ": lengths must be at most %" PRId64, q[2], k[2],
                       FA_MAX_SEQ);
-    if (q[1] > 0 && q[0] > INT32_MAX / q[1])
-        return refuse(err, FA_ERR_SHAPE, "query has batch size %" PRId64 " and %" PRId64
-                      " heads: their product must be at most %d", q[0], q[1], INT32_MAX);
     if (q[3] != k[3])
         return refuse(err, FA_ERR_SHAPE, "query has head dimension %" PRId64 " and key %" PRId64 ": they must be equal",
                       q[3], k[3]);
@@ -234,6 +231,10 @@ static fa_status check_qkv(const fa_args *a, fa_error *err)
     TRY(check_dims(a, err));
     TRY(check_tensor("query", &a->q, err));
     TRY(check_tensor("key", &a->k, err));
+    if (a->q.size[1] > 0 && a->q.size[0] > INT32_MAX / a->q.size[1]) /* dropout counts heads in 32 bits */
+        return refuse(err, FA_ERR_SHAPE,
+                      "query has batch size %" PRId64 " and %" PRId64 " heads: their product must be at most %d",
+                      a->q.size[0], a->q.size[1], INT32_MAX);
     return check_tensor("value", &a->v, err);
 }
 
