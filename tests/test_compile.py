@@ -255,6 +255,18 @@ def test_opcheck_forward(case, seed):
     torch.library.opcheck(torch.ops.flashattn_ext.forward.default, op_arguments(case, seed))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "strided"])
+def test_opcheck_forward_plain(layout, is_causal):
+    case = Case(layout=layout, SQ=70, SK=70, HQ=4, HK=2)
+    query, key, value = op_arguments(case)[:3]
+    plain = torch.ops.flashattn_ext.forward_plain.default
+    torch.library.opcheck(plain, (query, key, value, 0.3, is_causal))
+    out, _ = torch.ops.flashattn_ext.forward(query, key, value, *[None] * 6, 0.3, 0.0, -1, 0 if is_causal else -1, False,
+                                             0.0)
+    assert torch.equal(plain(query, key, value, 0.3, is_causal), out)
+
+
 @pytest.mark.parametrize("case, seed", OPCHECK, ids=lambda x: x.id if isinstance(x, Case) else "")
 def test_opcheck_backward(case, seed):
     arguments = op_arguments(case, seed)
