@@ -9,6 +9,7 @@
  *   - Letters: B batch, HQ query heads, HK key/value heads (HK divides HQ; query head h reads head h / (HQ / HK)),
  *     SQ queries, SK keys, D head dimension of Q and K, DV of V and O. D and DV are 1..512.
  *   - Every tensor is a 4-D view with strides in elements; any stride is allowed, also 0 (broadcast) on inputs.
+ *   - N sequences: the batch, or with cu_q the sequences that are packed one behind the other in a batch of 1.
  *   - Logarithms are natural and the log-sum-exp is in nats.
  *   - A call is: fa_validate_* -> fa_plan_* -> caller provides plan.workspace bytes -> fa_run_*. Nothing here allocates,
  *     keeps state between calls, prints, or exits; every function may be called from any thread.
@@ -54,6 +55,8 @@ typedef enum fa_dtype {
     FA_BOOL, /* one byte, 0 or 1 */
     FA_I32,
     FA_I64,
+    FA_I8,     /* keys and values of a quantised cache: value = stored * scale */
+    FA_F8E4M3, /* likewise; float8_e4m3fn: 4 bits of exponent, 3 of mantissa, no infinity (Micikevicius et al., 2022) */
 } fa_dtype;
 
 const char *fa_dtype_name(fa_dtype t);
@@ -86,6 +89,27 @@ typedef struct fa_args {
     bool bottom_right;    /* offset: false = 0 (top-left), true = kv_len - q_len of the sequence */
     double dropout_p;     /* in [0, 1]; see common/fa_philox.h for which weights it drops */
     uint64_t dropout_seed;
+
+    /* Sequences. by_sequence: each is planned and computed as though it were alone, so that its bits depend on nothing
+     * else in the call; needed by what follows up to first_batch. kv_seqlens counts as the length of each. */
+    bool by_sequence;
+    fa_tensor cu_q;        /* (N + 1, 1, 1, 1) i32 or i64, from 0 up: q, out, lse and their gradients have a batch of 1
+                              and N sequences in a row, sequence n in the rows cu_q[n] .. cu_q[n + 1] - 1; rows past the
+                              last give 0 and no gradient; may be absent */
+    fa_tensor cu_k;        /* (N + 1, 1, 1, 1): the same of k, v and their gradients; may be absent */
+    fa_tensor block_table; /* (N, pages, 1, 1) i32 or i64: k and v are pages (P, HK, page_size, D or DV), and key j of
+                              sequence n is row j % page_size of page block_table[n][j / page_size]; what lies past the
+                              length is never read; needs kv_seqlens; may be absent; forward only */
+    int64_t page_size;     /* size[2] of k with block_table, else 0 */
+    fa_tensor k_scale;     /* f32, given where k and v are i8 or f8e4m3: (1, 1, 1, 1), (1 or N, HK, 1, 1), or with */
+    fa_tensor v_scale;     /* scale_per_token (N, HK, SK, 1), of pages (P, HK, page_size, 1) */
+    bool scale_per_token;
+    fa_tensor tree_mask;   /* (N, 1, SQ, SQ) bool: which of the last SQ keys each query sees (true = attend), instead of
+                              causal; the keys before them are not masked by it; may be absent; forward only */
+    int64_t splits_wanted; /* parts to cut the keys into, at most 1 a block; 0 = the planner's choice; forward only */
+    int64_t mask_first;    /* key of the mask's first column, which hides nothing before it; the mask then has that many
+                              columns less than SK. Set by fa_sequence for tree_mask, else 0 */
+    int64_t first_batch;   /* what dropout calls the first of the batch; set by fa_sequence, else 0 */
 
     /* results of forward, inputs of backward */
     fa_tensor out; /* (B, HQ, SQ, DV) q's dtype */
@@ -156,6 +180,42 @@ typedef struct fa_exec {
 /* The results are the same, bit for bit, for any plan.threads and any schedule of the workers. */
 fa_status fa_run_forward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
 fa_status fa_run_backward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
+
+/* ---- key/value caches -------------------------------------------------------------------------------------------- */
+
+/* One step of filling a cache: rotary embedding (Su et al., "RoFormer", 2021) of queries and new keys, then new keys
+ * and values written behind what each sequence holds, quantised where the cache is. */
+typedef struct fa_append_args {
+    fa_tensor k_new;       /* (N, HK, S_new, D), or with cu_new (1, HK, T, D)  f32, bf16, f16 or f64; may be absent */
+    fa_tensor v_new;       /* the same with DV, k_new's dtype; given if and only if k_new is */
+    fa_tensor cu_new;      /* (N + 1, 1, 1, 1) i32 or i64: rows of each sequence in k_new; may be absent */
+    fa_tensor k_cache;     /* (N, HK, S_max, D), or with block_table pages (P, HK, page_size, D): k_new's dtype, i8 or */
+    fa_tensor v_cache;     /* f8e4m3; written */
+    fa_tensor block_table; /* (N, pages, 1, 1) i32 or i64; may be absent */
+    fa_tensor seqlens;     /* (N, 1, 1, 1) i32 or i64: rows in the cache before; never written */
+    fa_tensor k_scale;     /* as in fa_args; per token: written (largest magnitude / largest of the dtype) */
+    fa_tensor v_scale;
+    bool scale_per_token;
+    fa_tensor q;           /* (N, HQ, SQ, D), to be turned into q_out; may be absent */
+    fa_tensor q_out;       /* shape and dtype of q */
+    fa_tensor rope_cos;    /* (positions, R / 2, 1, 1) f32 or k_new's dtype, R even and at most D: row i of sequence n */
+    fa_tensor rope_sin;    /* turns by position seqlens[n] + i; may be absent: nothing is turned */
+    bool rope_interleaved; /* pairs (2i, 2i + 1) instead of (i, i + R / 2) */
+} fa_append_args;
+
+fa_status fa_validate_append(const fa_append_args *a, fa_error *err);
+/* Needs no workspace; num_threads workers at most. */
+fa_status fa_run_append(const fa_append_args *a, int num_threads, const fa_exec *exec, fa_error *err);
+
+/* Two results over disjoint keys become that over all of them. Rows of DV: out_* (B, H, S, DV), lse_* (B, H, S, 1);
+ * lse f32 or f64. A row whose log-sum-exp is -inf takes no part, whatever its output holds. */
+typedef struct fa_merge_args {
+    fa_tensor out_a, lse_a, out_b, lse_b; /* out_a and out_b of one dtype, lse_a and lse_b likewise */
+    fa_tensor out, lse;                   /* results, of the same */
+} fa_merge_args;
+
+fa_status fa_validate_merge(const fa_merge_args *a, fa_error *err);
+fa_status fa_run_merge(const fa_merge_args *a, int num_threads, const fa_exec *exec, fa_error *err);
 
 /* ---- what this machine and this build can do -------------------------------------------------------------------- */
 

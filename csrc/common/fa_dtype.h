@@ -29,6 +29,17 @@ static inline float fa_f16_to_f32(uint16_t x)
     return exponent ? normal : sign ? -subnormal : subnormal;
 }
 
+/* 4 bits of exponent with bias 7, 3 of mantissa. All bits of both set is NaN; there is no infinity. */
+static inline float fa_f8e4m3_to_f32(uint8_t x)
+{
+    uint32_t sign = (uint32_t)(x & 0x80) << 24, exponent = (x >> 3) & 15, mantissa = x & 7;
+    float subnormal = (float)mantissa * 0x1p-9f;
+    float normal = fa_bits_to_f32(sign | (exponent + (127 - 7)) << 23 | mantissa << 20);
+    if ((x & 0x7f) == 0x7f)
+        return fa_bits_to_f32(sign | 0x7fc00000);
+    return exponent ? normal : sign ? -subnormal : subnormal;
+}
+
 /* x rounded once, ties to even, to 1 sign bit, `ebits` of exponent and `mbits` of mantissa. Overflow gives infinity,
  * NaN gives a quiet NaN of the same sign. */
 static inline uint16_t fa_narrow(double x, int ebits, int mbits)
@@ -67,6 +78,28 @@ static inline uint16_t fa_f64_to_f16(double x)
     return fa_narrow(x, 5, 10);
 }
 
+/* Beyond the largest finite value, also at infinity, the largest finite value (448): a cache saturates. */
+static inline uint8_t fa_f64_to_f8e4m3(double x)
+{
+    uint8_t sign = signbit(x) ? 0x80 : 0;
+    double a = fabs(x);
+    if (isnan(x))
+        return sign | 0x7f;
+    if (a >= 448)
+        return sign | 0x7e;
+    int exponent; /* a = f 2^exponent, f in [1/2, 1): the unit of the last place is 2^(exponent - 4), at least 2^-9 */
+    frexp(a, &exponent);
+    int place = exponent - 4 < -9 || a == 0 ? -9 : exponent - 4;
+    int units = (int)nearbyint(ldexp(a, -place)); /* 8 .. 16, below 8 for subnormals; 16 carries into the exponent */
+    return (uint8_t)(sign | (((place + 9) << 3) + units));
+}
+
+/* Ties to even; beyond the range, the end of it; NaN gives 0. */
+static inline int8_t fa_f64_to_i8(double x)
+{
+    return isnan(x) ? 0 : x <= -128 ? -128 : x >= 127 ? 127 : (int8_t)nearbyint(x);
+}
+
 static inline double fa_load(const void *data, fa_dtype dtype, int64_t index)
 {
     switch (dtype) {
@@ -77,6 +110,8 @@ static inline double fa_load(const void *data, fa_dtype dtype, int64_t index)
     case FA_BOOL: return ((const uint8_t *)data)[index] != 0;
     case FA_I32: return ((const int32_t *)data)[index];
     case FA_I64: return (double)((const int64_t *)data)[index];
+    case FA_I8: return ((const int8_t *)data)[index];
+    case FA_F8E4M3: return fa_f8e4m3_to_f32(((const uint8_t *)data)[index]);
     }
     return NAN;
 }
@@ -91,6 +126,8 @@ static inline void fa_store(void *data, fa_dtype dtype, int64_t index, double x)
     case FA_BOOL: ((uint8_t *)data)[index] = x != 0; return;
     case FA_I32: ((int32_t *)data)[index] = (int32_t)x; return;
     case FA_I64: ((int64_t *)data)[index] = (int64_t)x; return;
+    case FA_I8: ((int8_t *)data)[index] = fa_f64_to_i8(x); return;
+    case FA_F8E4M3: ((uint8_t *)data)[index] = fa_f64_to_f8e4m3(x); return;
     }
 }
 
