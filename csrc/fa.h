@@ -148,7 +148,8 @@ typedef struct fa_plan {
     int64_t splits;          /* parts the keys are cut into; never depends on the number of threads */
     int64_t split_keys;      /* keys of one part, a multiple of block_keys */
     int64_t tasks;           /* units of parallel work */
-    int threads;             /* workers to start: at most the number asked for */
+    int num_threads;         /* the number of workers asked for */
+    int threads;             /* workers to start: at most that */
     size_t thread_bytes;     /* scratch of one worker */
     size_t shared_bytes;     /* partial results of split keys; fp32 dQ of backward */
     size_t workspace;        /* bytes to hand to fa_run_*: shared_bytes + threads * thread_bytes, plus alignment */

@@ -53,8 +53,8 @@ FA_INLINE key_block block_begin(const bwd *w, int64_t index, fa_dtype dtype, boo
     kb.nk = (int)fa_min64(BN, w->span.k_len - kb.k0);
     if (kb.nk <= 0)
         return kb;
-    kb.k = operand_a(at(w, w->at.k), &a->k, w->b, w->hk, kb.k0, kb.nk, dtype, pairs);
-    kb.v = operand_a(at(w, w->at.v), &a->v, w->b, w->hk, kb.k0, kb.nk, dtype, pairs);
+    kb.k = operand_a(at(w, w->at.k), rows_at(&a->k, w->b, w->hk, kb.k0, dtype), kb.nk, dtype, pairs);
+    kb.v = operand_a(at(w, w->at.v), rows_at(&a->v, w->b, w->hk, kb.k0, dtype), kb.nk, dtype, pairs);
     return kb;
 }
 
@@ -152,7 +152,7 @@ FA_INLINE bool tile_grads(const bwd *w, const fa_lanes *l, const key_block *kb, 
                   .b = at(w, w->at.do_t), .bk = BM * 4, .c = g, .cm = BM};
     product(&ov, w->ops.dropout ? w->keep : 1.0f, pairs);
     if (w->ops.dropout)
-        apply_dropout(g, l, a->dropout_seed, a->dropout_p, kb->k0, kb->nk);
+        apply_dropout(g, l, a, kb->k0, kb->nk);
     score_grads(w, l, s, g, kb->nk, of_dot);
     return true;
 }

@@ -27,7 +27,7 @@ FA_INLINE fa_operand panel_rows_b(const bwd *w, float *dst, const fa_lanes *l, c
 {
     int64_t width = fa_padded(t->size[3], VL);
     if (!w->panels.packed && l->all_valid)
-        return operand_b(dst, t, w->b, l->head[0], l->query[0], l->n, dtype, pairs, NULL);
+        return operand_b(dst, rows_at(t, w->b, l->head[0], l->query[0], dtype), l->n, dtype, pairs, NULL);
     size_t size = dtype == FA_F32 ? 4 : 2;
     for (int i = 0; i < l->n; i += pairs ? 2 : 1) {
         uint8_t skip[2] = {!l->valid[i], i + 1 >= l->n || !l->valid[i + 1]};
@@ -91,13 +91,14 @@ FA_INLINE void add_dq(const bwd *w, const fa_lanes *l, key_block *kb, int nk, bo
     const fa_args *a = w->a;
     int64_t d = a->q.size[3];
     uint8_t marks[BN];
+    fa_rows keys = rows_at(&a->k, w->b, w->hk, kb->k0, dtype);
     if (!kb->k_n.p)
-        kb->k_n = operand_b(at(w, w->at.k_n), &a->k, w->b, w->hk, kb->k0, kb->nk, dtype, pairs, NULL);
+        kb->k_n = operand_b(at(w, w->at.k_n), keys, kb->nk, dtype, pairs, NULL);
     if ((edge || w->ops.mask || !l->all_valid) && kb->nonfinite < 0) {
         /* A hidden key must not be multiplied; for a row that sees the key, dS is NaN already. */
-        kb->nonfinite = operand_nonfinite(marks, &a->k, w->b, w->hk, kb->k0, kb->nk, dtype);
+        kb->nonfinite = operand_nonfinite(marks, keys, kb->nk, dtype);
         if (kb->nonfinite)
-            kb->k_n = operand_b(at(w, w->at.k_n), &a->k, w->b, w->hk, kb->k0, kb->nk, dtype, pairs, marks);
+            kb->k_n = operand_b(at(w, w->at.k_n), keys, kb->nk, dtype, pairs, marks);
     }
     int64_t step;
     float *dq = dq_rows(w, l, &step);
@@ -156,7 +157,7 @@ FA_INLINE void panel_step(const bwd *w, int64_t panel, key_block *kb, fa_dtype d
     }
     if (seen && a->dv.data) {
         if (w->ops.dropout)
-            apply_dropout(at(w, w->at.scores), l, a->dropout_seed, a->dropout_p, visible.k0, visible.nk);
+            apply_dropout(at(w, w->at.scores), l, a, visible.k0, visible.nk);
         fa_operand do_n = panel_rows_b(w, at(w, w->at.do_n), l, &a->dout, dtype, pairs);
         add_over_rows(w, l, &visible, at(w, w->at.scores), do_n, at(w, w->at.dv), w->dv_pad, pairs);
     }

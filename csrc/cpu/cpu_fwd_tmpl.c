@@ -28,7 +28,9 @@ typedef struct panel {
 typedef struct key_block {
     int64_t k0;
     int nk;
+    fa_rows v_rows;
     fa_operand k, v;
+    const float *k_scale, *v_scale; /* [BN] of quantised keys and values, else NULL */
     int nonfinite;     /* rows of V with NaN or infinity, 0 in the operand; -1: not looked for yet */
     uint8_t marks[BN];
 } key_block;
@@ -118,17 +120,27 @@ FA_INLINE void softmax(float *s, int nk, const panel *p, float *rescale, int deg
 static __attribute__((noinline)) void add_nonfinite(const fwd *f, const panel *p, const key_block *kb, const float *w,
                                                     int first, int nk)
 {
-    const fa_tensor *v = &f->a->v;
+    const fa_rows *v = &kb->v_rows;
     for (int k = 0; k < nk; k++) {
         if (!kb->marks[first + k])
             continue;
-        const char *row = row_of(v, f->b, f->hk, kb->k0 + first + k, f->size);
+        const char *row = v->p + (first + k) * v->bytes;
         for (int i = 0; i < p->lanes->n; i++) {
             float weight = w[k * BM + i];
-            for (int64_t d = 0; weight != 0 && d < v->size[3]; d++)
-                p->out[i * f->dv_pad + d] += weight * (float)fa_load(row, v->dtype, d * v->stride[3]);
+            for (int64_t d = 0; weight != 0 && d < v->d; d++)
+                p->out[i * f->dv_pad + d] += weight * (float)fa_load(row, f->a->q.dtype, d * v->stride);
         }
     }
+}
+
+/* s[key][lane] *= scale[key]; a weight of 0 stays 0 whatever the scale of its hidden key */
+FA_INLINE void scale_keys(float *s, const float *scale, int nk, int nv)
+{
+    for (int k = 0; k < nk; k++)
+        for (int v = 0; v < nv; v++) {
+            vf x = v_load(s + k * BM + v * VL);
+            v_store(s + k * BM + v * VL, v_select(v_eq(x, v_zero()), v_zero(), v_mul(x, v_set1(scale[k]))));
+        }
 }
 
 /* Scores of the keys first .. first+nk-1 of the block. Returns false if no row of the panel sees any of them. */
@@ -146,6 +158,8 @@ FA_INLINE bool block_scores(const fwd *f, const panel *p, const key_block *kb, i
                  .a = kb->k.p + first * kb->k.bytes, .am = kb->k.bytes, .ak = 4,
                  .b = p->q_t, .bk = BM * 4, .c = s, .cm = BM};
     product(&g, f->ops.scale, pairs);
+    if (kb->k_scale)
+        scale_keys(s, kb->k_scale + first, nk, p->lanes->nv);
     if (f->ops.softcap)
         apply_softcap(s, nk, p->lanes->nv, a->softcap);
     if (effect == MASK_MIXED)
@@ -171,14 +185,15 @@ FA_INLINE void block_step(const fwd *f, const panel *p, key_block *kb, fa_dtype 
     if (!block_scores(f, p, kb, first, nk, edge, s, pairs))
         return;
     if ((edge || f->ops.mask) && kb->nonfinite < 0) {
-        kb->nonfinite = operand_nonfinite(kb->marks, &f->a->v, f->b, f->hk, kb->k0, kb->nk, dtype);
+        kb->nonfinite = operand_nonfinite(kb->marks, kb->v_rows, kb->nk, dtype);
         if (kb->nonfinite)
-            kb->v = operand_b((float *)(void *)(f->scratch + f->at.v), &f->a->v, f->b, f->hk, kb->k0, kb->nk, dtype,
-                              pairs, kb->marks);
+            kb->v = operand_b((float *)(void *)(f->scratch + f->at.v), kb->v_rows, kb->nk, dtype, pairs, kb->marks);
     }
     softmax(s, nk, p, rescale, dtype == FA_BF16 ? 3 : 5);
     if (f->ops.dropout)
-        apply_dropout(s, p->lanes, f->a->dropout_seed, f->a->dropout_p, lo, nk);
+        apply_dropout(s, p->lanes, f->a, lo, nk);
+    if (kb->v_scale)
+        scale_keys(s, kb->v_scale + first, nk, p->lanes->nv);
     fa_gemm g = {.m = p->lanes->n, .nv = (int)(f->dv_pad / VL), .k = nk,
                  .a = s, .am = 4, .ak = BM * 4,
                  .b = kb->v.p + first * kb->v.bytes, .bk = kb->v.bytes, .c = p->out, .cm = f->dv_pad};
@@ -224,6 +239,30 @@ FA_INLINE void panel_end(const fwd *f, const panel *p, float *partial, fa_dtype 
     }
 }
 
+FA_INLINE const float *block_scales(const fwd *f, size_t at, const fa_tensor *scale, int64_t k0, int nk)
+{
+    float *s = (float *)(void *)(f->scratch + at);
+    if (!scale->data)
+        return NULL;
+    for (int k = 0; k < nk; k++)
+        s[k] = fa_key_scale(f->a, scale, f->hk, k0 + k);
+    return s;
+}
+
+FA_INLINE key_block block_begin(const fwd *f, int64_t k0, int nk, fa_dtype dtype, bool pairs)
+{
+    const fa_args *a = f->a;
+    fa_rows k = key_rows(f->scratch + f->at.k_stage, a, &a->k, f->b, f->hk, k0, nk, dtype);
+    fa_rows v = key_rows(f->scratch + f->at.v_stage, a, &a->v, f->b, f->hk, k0, nk, dtype);
+    return (key_block){
+        .k0 = k0, .nk = nk, .nonfinite = -1, .v_rows = v,
+        .k = operand_a((float *)(void *)(f->scratch + f->at.k), k, nk, dtype, pairs),
+        .v = operand_b((float *)(void *)(f->scratch + f->at.v), v, nk, dtype, pairs, NULL),
+        .k_scale = block_scales(f, f->at.k_scale, &a->k_scale, k0, nk),
+        .v_scale = block_scales(f, f->at.v_scale, &a->v_scale, k0, nk),
+    };
+}
+
 FA_INLINE void fwd_task(const fa_args *a, const fa_plan *plan, int64_t task, char *scratch, char *shared,
                         fa_dtype dtype, bool pairs)
 {
@@ -250,9 +289,7 @@ FA_INLINE void fwd_task(const fa_args *a, const fa_plan *plan, int64_t task, cha
     }
     for (int64_t k0 = keys.lo; k0 < keys.hi;) {
         int64_t next = fa_min64((k0 / BN + 1) * BN, keys.hi); /* blocks lie on multiples of BN for every chunk */
-        key_block kb = {.k0 = k0, .nk = (int)(next - k0), .nonfinite = -1};
-        kb.k = operand_a((float *)(void *)(scratch + f.at.k), &a->k, f.b, f.hk, k0, kb.nk, dtype, pairs);
-        kb.v = operand_b((float *)(void *)(scratch + f.at.v), &a->v, f.b, f.hk, k0, kb.nk, dtype, pairs, NULL);
+        key_block kb = block_begin(&f, k0, (int)(next - k0), dtype, pairs);
         for (int64_t i = 0; i < count; i++)
             block_step(&f, &p[i], &kb, dtype, pairs);
         k0 = next;

@@ -7,9 +7,8 @@
 
 #include <math.h>
 
-#include "../common/fa_dtype.h"
-#include "../common/fa_mask.h"
 #include "../common/fa_philox.h"
+#include "../common/fa_sequence.h"
 #include "cpu_ops.h"
 
 /* Bodies take the dtype as an argument and are inlined with a constant, so that no element pays for a switch. */
@@ -71,7 +70,8 @@ static inline bool fa_scalar_hidden(const fa_scalar_head *head, int64_t i, int64
 {
     const fa_tensor *mask = &head->a->mask;
     return mask->data && mask->dtype == FA_BOOL &&
-           !((const uint8_t *)mask->data)[fa_mask_at(mask, head->b, head->h, i, j)];
+           j >= head->a->mask_first &&
+           !((const uint8_t *)mask->data)[fa_mask_at(mask, head->b, head->h, i, j - head->a->mask_first)];
 }
 
 typedef struct fa_scalar_score {
@@ -101,9 +101,8 @@ static inline double fa_scalar_dropout(const fa_scalar_head *head, int64_t i, in
     const fa_args *a = head->a;
     if (a->dropout_p == 0)
         return 1;
-    return a->dropout_p < 1 && fa_dropout_keep(a->dropout_seed, head->threshold, head->b * a->q.size[1] + head->h, i, j)
-               ? head->keep_scale
-               : 0;
+    const int64_t bh = (a->first_batch + head->b) * a->q.size[1] + head->h;
+    return a->dropout_p < 1 && fa_dropout_keep(a->dropout_seed, head->threshold, bh, i, j) ? head->keep_scale : 0;
 }
 
 /* ---- rows of D or DV elements, `at` and `step` in elements ------------------------------------------------------- */

@@ -31,18 +31,26 @@ static inline double softmax_weight(softmax *x, double s)
 FA_SCALAR_BODY void fwd_keys(const fa_scalar_head *head, int64_t i, const double *q, softmax *x, fa_dtype T)
 {
     const fa_args *a = head->a;
-    const int64_t k0 = fa_row_at(&a->k, head->b, head->hk, 0), v0 = fa_row_at(&a->v, head->b, head->hk, 0);
     const fa_range keys = fa_keys_of_queries(&head->span, i, i);
     for (int64_t j = keys.lo; j < keys.hi; j++) {
         if (fa_scalar_hidden(head, i, j))
             continue;
-        double dot = fa_scalar_dot(q, a->k.data, k0 + j * a->k.stride[2], a->k.stride[3], a->k.size[3], T);
+        const char *k = (const char *)a->k.data + fa_key_row(a, &a->k, head->b, head->hk, j);
+        double dot = a->k.dtype == T ? fa_scalar_dot(q, k, 0, a->k.stride[3], a->k.size[3], T)
+                                     : fa_scalar_dot(q, k, 0, a->k.stride[3], a->k.size[3], a->k.dtype) *
+                                           fa_key_scale(a, &a->k_scale, head->hk, j);
         double s = fa_scalar_score_of(head, i, j, dot).value;
         if (s == -INFINITY) /* weight 0, also while m is -inf, where s - m would be NaN */
             continue;
         double weight = softmax_weight(x, s) * fa_scalar_dropout(head, i, j); /* l counts dropped keys too */
-        if (weight != 0)
-            fa_scalar_add(x->acc, weight, a->v.data, v0 + j * a->v.stride[2], a->v.stride[3], x->n, T);
+        if (weight == 0)
+            continue;
+        const char *v = (const char *)a->v.data + fa_key_row(a, &a->v, head->b, head->hk, j);
+        if (a->v.dtype == T)
+            fa_scalar_add(x->acc, weight, v, 0, a->v.stride[3], x->n, T);
+        else
+            fa_scalar_add(x->acc, weight * fa_key_scale(a, &a->v_scale, head->hk, j), v, 0, a->v.stride[3], x->n,
+                          a->v.dtype);
     }
 }
 

@@ -10,8 +10,7 @@
 #include <float.h>
 #include <string.h>
 
-#include "../common/fa_dtype.h"
-#include "../common/fa_mask.h"
+#include "../common/fa_sequence.h"
 #include "../plan/plan.h"
 #include "cpu_simd.h"
 
@@ -85,7 +84,7 @@ typedef struct fa_lanes {
     bool all_valid;         /* each row is */
     int64_t head[BM];       /* absolute query head; lanes past n repeat the last row */
     int32_t query[BM];
-    int32_t bh[BM];         /* b * HQ + head, for dropout */
+    int32_t bh[BM];         /* b * HQ + head */
     int32_t pos[BM];        /* query + offset: the key position on the diagonal */
     float slope[BM];        /* ALiBi, in units of log2 */
 } fa_lanes;
@@ -242,6 +241,18 @@ FA_INLINE vf mask_values(const fa_tensor *m, const char *row, int64_t k, int n)
     return v_select(v_eq(x, hide), hide, y);
 }
 
+/* The same from key k on, where the first column of the mask is key `first`; keys before it are not masked. */
+FA_INLINE vf mask_values_from(const fa_tensor *m, const char *row, int64_t k, int n, int64_t first)
+{
+    if (k >= first)
+        return mask_values(m, row, k - first, n);
+    int before = (int)fa_min64(first - k, n);
+    float x[2 * VL] = {0};
+    if (before < n)
+        v_store(x + before, mask_values(m, row, 0, n - before));
+    return v_load(x);
+}
+
 FA_INLINE const char *mask_row(const fa_tensor *m, int64_t b, int64_t h, int64_t q)
 {
     int64_t at = (m->size[0] > 1 ? b : 0) * m->stride[0] + (m->size[1] > 1 ? h : 0) * m->stride[1] +
@@ -268,7 +279,7 @@ static inline mask_effect stage_mask(float *bias, const fa_args *a, const fa_lan
         for (int v = 0; v < (same ? 1 : l->nv); v++) {
             vf r[VL];
             for (int i = 0; i < VL; i++) {
-                r[i] = same && i ? r[0] : mask_values(m, rows[v * VL + i], k0 + k, n);
+                r[i] = same && i ? r[0] : mask_values_from(m, rows[v * VL + i], k0 + k, n, a->mask_first);
                 seen = vm_or(seen, v_ne(r[i], hide));
                 changed = vm_or(changed, v_ne(r[i], zero));
             }
@@ -329,14 +340,15 @@ static inline void apply_band(float *s, const fa_lanes *l, const fa_span *span, 
 }
 
 /* For the tile of keys k0 .. k0+nk-1: w[key][lane] = 0 where dropout drops, kept otherwise. k0 is a multiple of 4. */
-static inline void apply_dropout(float *w, const fa_lanes *l, uint64_t seed, double p, int64_t k0, int nk)
+static inline void apply_dropout(float *w, const fa_lanes *l, const fa_args *a, int64_t k0, int nk)
 {
-    vi threshold = vi_set1((int32_t)fa_dropout_threshold(p));
+    vi threshold = vi_set1((int32_t)fa_dropout_threshold(a->dropout_p));
+    vi first = vi_set1((int32_t)(a->first_batch * a->q.size[1]));
     for (int v = 0; v < l->nv; v++) {
-        vi q = vi_load(l->query + v * VL), bh = vi_load(l->bh + v * VL);
+        vi q = vi_load(l->query + v * VL), bh = vi_add(first, vi_load(l->bh + v * VL));
         for (int k = 0; k < nk; k += 4) {
             vi word[4];
-            v_philox(seed, vi_set1((int32_t)((k0 + k) >> 2)), q, bh, vi_set1(0), word);
+            v_philox(a->dropout_seed, vi_set1((int32_t)((k0 + k) >> 2)), q, bh, vi_set1(0), word);
             for (int i = 0; i < 4 && k + i < nk; i++) {
                 float *x = w + (k + i) * BM + v * VL;
                 v_store(x, v_select(vi_lt_u(word[i], threshold), v_zero(), v_load(x)));

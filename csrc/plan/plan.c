@@ -42,11 +42,12 @@ static double bytes_of(const fa_tensor *t)
     return elements(t) * (double)fa_dtype_size(t->dtype);
 }
 
-static void finish(fa_plan *p, int num_threads)
+void fa_plan_finish(fa_plan *p, int num_threads)
 {
     const double worth_a_thread = 2e5; /* waking a worker costs some microseconds */
     double work = p->flops > p->bytes ? p->flops : p->bytes;
     int64_t most = work < worth_a_thread ? 1 : num_threads;
+    p->num_threads = num_threads;
     p->threads = (int)fa_max64(1, fa_min64(most, p->tasks));
     p->thread_bytes = align64(p->thread_bytes);
     p->shared_bytes = align64(p->shared_bytes);
@@ -57,9 +58,9 @@ static void plan_panels(const fa_args *a, const fa_target *t, int num_threads, f
 {
     enum { CHUNK_MAX = 16, CHUNK_USEFUL = 8, TASKS_A_THREAD = 4 };
     fa_panels panels = fa_panels_of(a, t->panel_rows);
-    int64_t sequences = a->q.size[0] * a->k.size[1], rows = a->q.size[0] * a->q.size[1] * a->q.size[2];
+    int64_t sequences = a->q.size[0] * a->k.size[1];
     p->panels = panels.count;
-    p->split_keys = fa_split_keys(sequences * panels.count, rows, a->k.size[2], a->v.size[3], t->key_block, &p->splits);
+    p->split_keys = fa_split_keys(a, sequences * panels.count, t->key_block, &p->splits);
     /* The chunk may follow the number of threads: results do not depend on it. */
     int64_t chunk = fa_max64(1, sequences * panels.count * p->splits / (TASKS_A_THREAD * (int64_t)num_threads));
     int64_t most = t->panel_rows >= 64 ? CHUNK_USEFUL : CHUNK_MAX;
@@ -87,7 +88,7 @@ void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, f
         break;
     case FA_KERNEL_ROWS:
         p->panels = 1;
-        p->split_keys = fa_split_keys(sequences, rows, a->k.size[2], a->v.size[3], t->key_block, &p->splits);
+        p->split_keys = fa_split_keys(a, sequences, t->key_block, &p->splits);
         p->tasks = sequences * p->splits;
         p->thread_bytes = fa_rows_scratch_of(a, t).bytes;
         break;
@@ -97,7 +98,7 @@ void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, f
     }
     if (p->splits > 1)
         p->shared_bytes = (size_t)(p->splits * rows * fa_partial_floats(a->v.size[3])) * 4;
-    finish(p, num_threads);
+    fa_plan_finish(p, num_threads);
     p->why = t->kind == FA_KERNEL_SCALAR ? why_scalar
              : t->kind == FA_KERNEL_ROWS ? "few query rows: K and V are streamed once"
                                          : "queries in the lanes, K and V shared by the panels of a chunk";
@@ -123,7 +124,7 @@ void fa_plan_backward_on(const fa_args *a, const fa_target *t, int num_threads, 
         p->thread_bytes = fa_bwd_scratch_of(a, t).bytes;
         p->shared_bytes = fa_bwd_shared_of(a, t).bytes;
     }
-    finish(p, num_threads);
+    fa_plan_finish(p, num_threads);
     p->why = t->kind == FA_KERNEL_SCALAR
                  ? why_scalar
                  : "keys outermost; the parts of dQ are added in the order of the keys";

@@ -66,6 +66,8 @@ typedef struct fa_fwd_scratch {
     size_t bias;        /* mask of the block: [BN][BM] fp32 */
     size_t rescale;     /* [BM] */
     size_t k, v;        /* a block of K and V, converted or padded */
+    size_t k_stage, v_stage; /* a block of K and V gathered from pages, or stored values in the query's dtype */
+    size_t k_scale, v_scale; /* [BN] of quantised keys and values */
     size_t bytes;
 } fa_fwd_scratch;
 
@@ -104,11 +106,13 @@ fa_bwd_shared fa_bwd_shared_of(const fa_args *a, const fa_target *t);
 
 /* How many parts the keys are cut into so that a few rows against many keys still fill a machine; from the shape alone,
  * so that results do not depend on the number of threads (split_kv.c). units: tasks without a split. */
-int64_t fa_split_keys(int64_t units, int64_t rows, int64_t sk, int64_t dv, int64_t key_block, int64_t *splits);
+int64_t fa_split_keys(const fa_args *a, int64_t units, int64_t key_block, int64_t *splits);
 
 /* Partial result of one query row over one part of the keys: maximum, sum, then DV weighted values (fp32). */
 static inline int64_t fa_partial_floats(int64_t dv) { return 2 + dv; }
 
+/* Threads and workspace of a plan whose tasks, work and scratch are known. */
+void fa_plan_finish(fa_plan *plan, int num_threads);
 void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, fa_plan *plan);
 void fa_plan_backward_on(const fa_args *a, const fa_target *t, int num_threads, fa_plan *plan);
 

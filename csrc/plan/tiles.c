@@ -60,6 +60,12 @@ fa_fwd_scratch fa_fwd_scratch_of(const fa_args *a, const fa_target *t, int64_t c
     s.rescale = take(&s.bytes, bm * 4);
     s.k = take(&s.bytes, bn * fa_padded(units, t->lanes) * 4);
     s.v = take(&s.bytes, (t->pair_units ? bn / 2 : bn) * dv_pad * 4);
+    bool quantised = a->k_scale.data, staged = quantised || a->page_size;
+    int64_t size = (int64_t)fa_dtype_size(a->q.dtype);
+    s.k_stage = take(&s.bytes, staged ? bn * d * size : 0);
+    s.v_stage = take(&s.bytes, staged ? bn * a->v.size[3] * size : 0);
+    s.k_scale = take(&s.bytes, quantised ? bn * 4 : 0);
+    s.v_scale = take(&s.bytes, quantised ? bn * 4 : 0);
     return s;
 }
 
