@@ -76,7 +76,7 @@ static const fa_args *part_args(const fa_args *a, int64_t n, fa_args *storage)
 
 static fa_part part_plan(const fa_args *a, const fa_cpu_ops *ops, bool forward, int num_threads)
 {
-    fa_part p;
+    fa_part p = {.shared = 0};
     if (forward) {
         p.target = forward_target(a, ops, &p.run);
         fa_plan_forward_on(a, &p.target, num_threads, &p.plan);
@@ -257,7 +257,6 @@ static fa_status job_begin(fa_job *job, const fa_args *a, bool forward, const fa
                     .count = parts_of(a)};
     job->parts = a->by_sequence ? (fa_part *)(void *)shared : &job->one;
     fa_cpu_ops_init(&job->ops, fa_cpu_enabled());
-    job->one.shared = 0;
     fa_plan now;
     plan_parts(a, forward, plan->num_threads, &now, NULL);
     if (strcmp(plan->kernel, now.kernel) || plan->workspace != now.workspace) {

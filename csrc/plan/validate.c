@@ -2,6 +2,7 @@
  * allowed. Cheap checks of scalars come first; the lengths, the only memory that is read, come last. */
 #include <math.h>
 
+#include "../common/fa_sequence.h"
 #include "validate.h"
 
 /* Beyond every position a query or key can have, and far enough from the ends of int64 to add positions to it. */
@@ -30,7 +31,7 @@ static fa_status check_scalars(const fa_args *a, fa_error *err)
 static fa_status check_dims(const fa_args *a, fa_error *err)
 {
     const int64_t *q = a->q.size, *k = a->k.size, *v = a->v.size;
-    if (q[0] != k[0] || q[0] != v[0])
+    if (!a->by_sequence && (q[0] != k[0] || q[0] != v[0]))
         return refuse(err, FA_ERR_SHAPE,
                       "query, key and value have batch sizes %" PRId64 ", %" PRId64 " and %" PRId64
                       ": they must be equal",
@@ -65,7 +66,11 @@ static fa_status check_dims(const fa_args *a, fa_error *err)
 static fa_status check_qkv(const fa_args *a, fa_error *err)
 {
     fa_dtype t = a->q.dtype;
-    if (!is_float(t) || a->k.dtype != t || a->v.dtype != t)
+    bool quantised = a->by_sequence && (a->k.dtype == FA_I8 || a->k.dtype == FA_F8E4M3);
+    if (quantised && a->k.dtype != a->v.dtype)
+        return refuse(err, FA_ERR_SHAPE, "key has dtype %s and value %s: they must be the same",
+                      fa_dtype_name(a->k.dtype), fa_dtype_name(a->v.dtype));
+    if (!is_float(t) || (!quantised && (a->k.dtype != t || a->v.dtype != t)))
         return refuse(err, FA_ERR_SHAPE,
                       "query, key and value have dtypes %s, %s and %s: they must be the same, one of float32, "
                       "bfloat16, float16 and float64",
@@ -73,10 +78,10 @@ static fa_status check_qkv(const fa_args *a, fa_error *err)
     TRY(check_dims(a, err));
     TRY(check_tensor("query", &a->q, err));
     TRY(check_tensor("key", &a->k, err));
-    if (a->q.size[1] > 0 && a->q.size[0] > INT32_MAX / a->q.size[1]) /* dropout counts heads in 32 bits */
+    if (a->q.size[1] > 0 && fa_sequences(a) > INT32_MAX / a->q.size[1]) /* dropout counts heads in 32 bits */
         return refuse(err, FA_ERR_SHAPE,
                       "query has batch size %" PRId64 " and %" PRId64 " heads: their product must be at most %d",
-                      a->q.size[0], a->q.size[1], INT32_MAX);
+                      fa_sequences(a), a->q.size[1], INT32_MAX);
     return check_tensor("value", &a->v, err);
 }
 
@@ -104,7 +109,7 @@ static fa_status check_mask(const fa_args *a, fa_error *err)
 /* sinks and alibi_slopes: (HQ,) or (B, HQ) to the user */
 static fa_status check_per_head(const char *name, const fa_tensor *t, const fa_args *a, fa_error *err)
 {
-    int64_t B = a->q.size[0], HQ = a->q.size[1];
+    int64_t B = fa_sequences(a), HQ = a->q.size[1];
     if (!is_given(t))
         return FA_OK;
     if (t->dtype != FA_F32 && t->dtype != a->q.dtype)
@@ -123,8 +128,7 @@ static fa_status check_length_values(const char *name, const fa_tensor *t, int64
     if (!is_given(t))
         return FA_OK;
     for (int64_t b = 0; b < t->size[0]; b++) {
-        int64_t at = b * t->stride[0];
-        int64_t length = t->dtype == FA_I64 ? ((const int64_t *)t->data)[at] : ((const int32_t *)t->data)[at];
+        int64_t length = fa_index_at(t, b * t->stride[0]);
         if (length < 0 || length > limit)
             return refuse(err, FA_ERR_SHAPE,
                           "%s[%" PRId64 "] is %" PRId64 ": it must be between 0 and %" PRId64 ", the length of %s",
@@ -133,19 +137,24 @@ static fa_status check_length_values(const char *name, const fa_tensor *t, int64
     return FA_OK;
 }
 
-static fa_status check_inputs(const fa_args *a, fa_error *err)
+static fa_status check_inputs(const fa_args *a, bool backward, fa_error *err)
 {
     TRY(check_scalars(a, err));
     TRY(check_qkv(a, err));
+    TRY(fa_check_sequences(a, backward, err));
     TRY(check_mask(a, err));
     TRY(check_per_head("sinks", &a->sinks, a, err));
     TRY(check_per_head("alibi_slopes", &a->alibi, a, err));
+    if (a->by_sequence)
+        return FA_OK;
     TRY(check_lengths("q_seqlens", &a->q_seqlens, a->q.size[0], err));
     return check_lengths("kv_seqlens", &a->kv_seqlens, a->q.size[0], err);
 }
 
 static fa_status check_all_length_values(const fa_args *a, fa_error *err)
 {
+    if (a->by_sequence)
+        return fa_check_sequence_values(a, err);
     TRY(check_length_values("q_seqlens", &a->q_seqlens, a->q.size[2], "query", err));
     return check_length_values("kv_seqlens", &a->kv_seqlens, a->k.size[2], "key", err);
 }
@@ -169,6 +178,9 @@ static fa_status check_gradients(const fa_args *a, fa_error *err)
     if (is_given(&a->dsinks)) {
         if (!is_given(&a->sinks))
             return refuse(err, FA_ERR_SHAPE, "grad_sinks is wanted and sinks is absent: it must be given");
+        if (is_given(&a->cu_q) && a->sinks.size[0] != 1)
+            return refuse(err, FA_ERR_SHAPE, "sinks has shape %s: packed sequences have a gradient for (heads,) only",
+                          shape(a->sinks.size).text);
         TRY(check_result("grad_sinks", &a->dsinks, a->sinks.size, lse_dtype(a), err));
     }
     return FA_OK;
@@ -178,7 +190,7 @@ static fa_status check_gradients(const fa_args *a, fa_error *err)
 
 fa_status fa_validate_forward(const fa_args *a, fa_error *err)
 {
-    TRY(check_inputs(a, err));
+    TRY(check_inputs(a, false, err));
     const int64_t out[4] = {a->q.size[0], a->q.size[1], a->q.size[2], a->v.size[3]};
     const int64_t lse[4] = {a->q.size[0], a->q.size[1], a->q.size[2], 1};
     TRY(check_result("out", &a->out, out, a->q.dtype, err));
@@ -188,7 +200,7 @@ fa_status fa_validate_forward(const fa_args *a, fa_error *err)
 
 fa_status fa_validate_backward(const fa_args *a, fa_error *err)
 {
-    TRY(check_inputs(a, err));
+    TRY(check_inputs(a, true, err));
     const int64_t out[4] = {a->q.size[0], a->q.size[1], a->q.size[2], a->v.size[3]};
     const int64_t lse[4] = {a->q.size[0], a->q.size[1], a->q.size[2], 1};
     TRY(check_form("out", &a->out, out, a->q.dtype, err));

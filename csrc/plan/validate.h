@@ -178,4 +178,8 @@ static inline fa_status check_lengths(const char *name, const fa_tensor *t, int6
     return check_tensor(name, t, err);
 }
 
+/* validate_sequences.c: what only a call by sequence has; then the lengths, offsets and pages themselves. */
+fa_status fa_check_sequences(const fa_args *a, bool backward, fa_error *err);
+fa_status fa_check_sequence_values(const fa_args *a, fa_error *err);
+
 #endif
