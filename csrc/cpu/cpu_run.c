@@ -247,9 +247,12 @@ static char *aligned(void *p)
 static fa_status job_begin(fa_job *job, const fa_args *a, bool forward, const fa_plan *plan, const fa_exec *exec,
                            fa_error *err)
 {
-    if (!exec->workspace || exec->workspace_size < plan->workspace) {
+    size_t needed = plan->workspace, table = (size_t)parts_of(a) * sizeof(fa_part) + 64;
+    if (a->by_sequence && needed < table)
+        needed = table;
+    if (!exec->workspace || exec->workspace_size < needed) {
         snprintf(err->text, sizeof err->text, "workspace of %zu bytes; the plan needs %zu",
-                 exec->workspace ? exec->workspace_size : (size_t)0, plan->workspace);
+                 exec->workspace ? exec->workspace_size : (size_t)0, needed);
         return FA_ERR_WORKSPACE;
     }
     char *shared = aligned(exec->workspace);
@@ -258,13 +261,12 @@ static fa_status job_begin(fa_job *job, const fa_args *a, bool forward, const fa
     job->parts = a->by_sequence ? (fa_part *)(void *)shared : &job->one;
     fa_cpu_ops_init(&job->ops, fa_cpu_enabled());
     fa_plan now;
-    plan_parts(a, forward, plan->num_threads, &now, NULL);
+    plan_parts(a, forward, plan->num_threads, &now, job->parts);
     if (strcmp(plan->kernel, now.kernel) || plan->workspace != now.workspace) {
         snprintf(err->text, sizeof err->text, "the plan is for kernel %s; now enabled is %s: plan again", plan->kernel,
                  now.kernel);
         return FA_ERR_UNSUPPORTED;
     }
-    plan_parts(a, forward, plan->num_threads, &now, job->parts);
     return FA_OK;
 }
 
