@@ -160,6 +160,37 @@ inline fa_tensor lengths_view(const MaybeTensor &t, const char *name)
     return t ? view(*t, name, {0}, "(B,)") : fa_tensor{};
 }
 
+// Rows of packed sequences (T, H, D): a batch of 1.
+inline fa_tensor packed_view(const Tensor &t, const char *name, const char *shape)
+{
+    return view(t, name, {2, 1, 3}, shape);
+}
+
+// Tokens before heads: (B, S, H, D), or pages of a cache.
+inline fa_tensor cache_view(const Tensor &t, const char *name, const char *shape)
+{
+    return view(t, name, {0, 2, 1, 3}, shape);
+}
+
+constexpr const char *CACHE_SHAPE = "4-D (B, S_max, HK, D), or (pages, page_size, HK, D) with block_table";
+
+inline fa_tensor table_view(const MaybeTensor &t)
+{
+    return t ? view(*t, "block_table", {0, 1}, "2-D (B, max_pages)") : fa_tensor{};
+}
+
+// Element i of lengths, offsets: (n, 1, 1, 1) of int32 or int64.
+inline int64_t index_at(const fa_tensor &t, int64_t i)
+{
+    const int64_t at = i * t.stride[0];
+    return t.dtype == FA_I64 ? static_cast<const int64_t *>(t.data)[at] : static_cast<const int32_t *>(t.data)[at];
+}
+
+inline int64_t bytes_of(const fa_tensor &t)
+{
+    return t.size[0] * t.size[1] * t.size[2] * t.size[3] * static_cast<int64_t>(fa_dtype_size(t.dtype));
+}
+
 inline void require_cpu(const Tensor &t, const char *name)
 {
     if (device_type(t) != CPU)
@@ -248,6 +279,24 @@ inline Tensor allocate(fa_tensor *t, int first = 0, int dim = 4)
     return result;
 }
 
+// Results with tokens before heads, as (B, S, H, D) in memory: size is that of fa_tensor, (B, H, S, D).
+inline fa_tensor planned_rows(const int64_t (&size)[4], fa_dtype dtype)
+{
+    const int64_t H = size[1], S = size[2], D = size[3];
+    return {.data = no_elements, .size = {size[0], H, S, D}, .stride = {S * H * D, D, H * D, 1}, .dtype = dtype};
+}
+
+// Gives it its memory; packed: without the batch of 1.
+inline Tensor allocate_rows(fa_tensor *t, bool packed)
+{
+    fa_tensor rows = *t;
+    std::swap(rows.size[1], rows.size[2]);
+    std::swap(rows.stride[1], rows.stride[2]);
+    Tensor result = packed ? allocate(&rows, 1, 3) : allocate(&rows);
+    t->data = rows.data;
+    return result;
+}
+
 // What stands for a gradient that is not needed.
 inline Tensor nothing(fa_dtype dtype)
 {
@@ -270,6 +319,14 @@ inline Memory host_memory(size_t bytes)
     Memory memory(std::malloc(std::max<size_t>(bytes, 1)), std::free);
     if (!memory)
         refuse("no memory for a workspace of " + std::to_string(bytes) + " bytes");
+    return memory;
+}
+
+// Memory for a log-sum-exp that nobody asked for.
+inline Memory scratch_lse(fa_tensor *lse)
+{
+    Memory memory = host_memory(static_cast<size_t>(bytes_of(*lse)));
+    lse->data = memory.get();
     return memory;
 }
 

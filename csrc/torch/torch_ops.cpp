@@ -107,9 +107,7 @@ Tensor forward_plain(const Tensor &query, const Tensor &key, const Tensor &value
                          false, 0.0});
     plan_results(&a);
     Tensor out = allocate(&a.out);
-    const int64_t rows = a.lse.size[0] * a.lse.size[1] * a.lse.size[2];
-    const Memory lse = host_memory(static_cast<size_t>(rows) * fa_dtype_size(a.lse.dtype));
-    a.lse.data = lse.get();
+    const Memory lse = scratch_lse(&a.lse);
     plan_and_run(a, fa_plan_forward, fa_run_forward);
     return out;
 }
