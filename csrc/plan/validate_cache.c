@@ -6,7 +6,9 @@
 
 static int64_t append_sequences(const fa_append_args *a)
 {
-    return is_given(&a->seqlens) ? a->seqlens.size[0] : a->q.size[0];
+    if (is_given(&a->q))
+        return a->q.size[0];
+    return is_given(&a->cu_new) ? a->cu_new.size[0] - 1 : a->k_new.size[0];
 }
 
 /* rows of the cache that one sequence can fill */
@@ -266,6 +268,8 @@ static fa_status check_append_values(const fa_append_args *a, fa_error *err)
 fa_status fa_validate_append(const fa_append_args *a, fa_error *err)
 {
     const int64_t N = append_sequences(a);
+    if (N < 0)
+        return refuse(err, FA_ERR_SHAPE, "cu_seqlens has no elements: it must hold one more than there are sequences");
     TRY(check_lengths("cache_seqlens", &a->seqlens, N, err));
     if (!is_given(&a->seqlens))
         return refuse(err, FA_ERR_SHAPE, "cache_seqlens is None: it must be given");
