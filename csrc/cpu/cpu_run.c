@@ -24,9 +24,9 @@ static bool is_scalar(const fa_cpu_ops *ops, fa_dtype t)
  * speed of memory, and leaves most lanes of a panel kernel's tile to waste. */
 static bool rows_kernel_can(const fa_args *a, const fa_cpu_ops *ops)
 {
-    return ops->decode[a->q.dtype].run && !is_scalar(ops, a->q.dtype) && a->dropout_p == 0 &&
-           a->k.stride[3] == 1 && a->v.stride[3] == 1 && a->k.dtype == a->q.dtype && !a->page_size &&
-           !a->mask_first && fa_group(a) * a->q.size[2] <= FA_ROWS_MAX;
+    return ops->decode[a->k.dtype].run && !is_scalar(ops, a->q.dtype) && a->dropout_p == 0 &&
+           a->k.stride[3] == 1 && a->v.stride[3] == 1 &&
+           fa_group(a) * a->q.size[2] <= FA_ROWS_MAX;
 }
 
 static fa_target forward_target(const fa_args *a, const fa_cpu_ops *ops, fa_task_fn **run)
@@ -35,7 +35,7 @@ static fa_target forward_target(const fa_args *a, const fa_cpu_ops *ops, fa_task
     fa_kernel_kind kind = is_scalar(ops, t)          ? FA_KERNEL_SCALAR
                           : rows_kernel_can(a, ops) ? FA_KERNEL_ROWS
                                                     : FA_KERNEL_PANEL;
-    const fa_cpu_kernel *kernel = kind == FA_KERNEL_ROWS ? &ops->decode[t] : &ops->fwd[t];
+    const fa_cpu_kernel *kernel = kind == FA_KERNEL_ROWS ? &ops->decode[a->k.dtype] : &ops->fwd[t];
     *run = kernel->run;
     return target_of(ops, kernel, t, kind);
 }
