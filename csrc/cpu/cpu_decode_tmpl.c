@@ -43,6 +43,7 @@ typedef struct rows {
     int64_t b, hk, d, dv, d_pad, dv_pad;
     int n;                  /* rows */
     int block;              /* keys of a block, at most KB */
+    bool plain;             /* scores need their scale only */
     float *q;               /* [n][d_pad], in the order of place_of, as out */
     float *scores;          /* [n][KB], then the weights */
     float *out;             /* [n][dv_pad] */
@@ -110,8 +111,9 @@ FA_INLINE int step_part(int64_t d, int64_t n, fa_dtype t)
     return (int)(n - d < step ? n - d : step);
 }
 
-/* Keys of a block: about 4096 bytes of K, then as many of V. In turns this short the prefetched blocks and the current
- * ones fit the first-level cache together, and memory delivers two streams faster than one. */
+/* Keys of a block where memory sets the pace: about 4096 bytes of K, then as many of V. In turns this short the
+ * prefetched blocks and the current ones fit the first-level cache together, and memory delivers two streams faster
+ * than one. */
 static inline int block_keys(int64_t row_bytes)
 {
     int n = KB;
@@ -256,11 +258,30 @@ FA_INLINE void dot_block(const rows *w, const key_block *now, const key_block *n
 
 /* ---- values ------------------------------------------------------------------------------------------------------ */
 
+/* acc += the weights p[row][KB] of one key times its values */
+FA_INLINE void value_step(vf acc[ROWS][COLS], const float *p, int nr, const char *v, int64_t dv, int64_t col, int nv,
+                          bool whole, fa_dtype dtype)
+{
+    const int vectors = vectors_of(dtype);
+    vf x[COLS];
+    FA_UNROLL
+    for (int c = 0; c < nv; c += vectors) {
+        int64_t at = col + c * VL;
+        load_step(x + c, v, at, whole ? vectors * VL : step_part(at, dv, dtype), dtype);
+    }
+    FA_UNROLL
+    for (int r = 0; r < nr; r++) {
+        vf y = v_keep(v_set1(p[r * KB]));
+        FA_UNROLL
+        for (int c = 0; c < nv; c++)
+            acc[r][c] = v_fma(x[c], y, acc[r][c]);
+    }
+}
+
 /* O of nr rows and nv vectors of columns over the whole block; whole: none of the columns lies past DV */
 FA_INLINE void value_tile(const rows *w, const key_block *now, int row, int nr, int64_t col, int nv, bool whole,
                           const float *rescale, ahead *f, fa_dtype dtype)
 {
-    const int vectors = vectors_of(dtype);
     vf acc[ROWS][COLS];
     float *out = w->out + row * w->dv_pad + col;
     const float *p = w->scores + row * KB;
@@ -270,22 +291,15 @@ FA_INLINE void value_tile(const rows *w, const key_block *now, int row, int nr, 
         for (int c = 0; c < nv; c++)
             acc[r][c] = v_zero(); /* a sum of its own: thousands of keys in one chain would lose digits */
     }
-    for (int j = 0; j < now->n; j++) {
-        vf x[COLS];
+    int j = 0;
+    for (; j + FETCH_KEYS <= now->n; j += FETCH_KEYS) {
+        fetch(f);
         FA_UNROLL
-        for (int c = 0; c < nv; c += vectors)
-            load_step(x + c, now->v[j], col + c * VL, whole ? vectors * VL : step_part(col + c * VL, w->dv, dtype),
-                      dtype);
-        FA_UNROLL
-        for (int r = 0; r < nr; r++) {
-            vf y = v_keep(v_set1(p[r * KB + j]));
-            FA_UNROLL
-            for (int c = 0; c < nv; c++)
-                acc[r][c] = v_fma(x[c], y, acc[r][c]);
-        }
-        if (j % FETCH_KEYS == 0)
-            fetch(f);
+        for (int i = 0; i < FETCH_KEYS; i++)
+            value_step(acc, p + j + i, nr, now->v[j + i], w->dv, col, nv, whole, dtype);
     }
+    for (; j < now->n; j++)
+        value_step(acc, p + j, nr, now->v[j], w->dv, col, nv, whole, dtype);
     FA_UNROLL
     for (int r = 0; r < nr; r++) {
         FA_UNROLL
@@ -355,7 +369,7 @@ FA_INLINE void value_block(const rows *w, const key_block *now, const key_block 
     int tiles = 0;
     for (int r = 0; r < w->n; r += ROWS)
         tiles += value_tiles(w, w->n - r < ROWS ? w->n - r : ROWS, dtype);
-    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype), .steps = tiles * (int)fa_ceil_div(now->n, FETCH_KEYS)};
+    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype), .steps = tiles * (now->n / FETCH_KEYS)};
     for (int r = 0; r < w->n; r += ROWS)
         switch (w->n - r) {
         case 1: value_strip(w, now, r, 1, rescale, &f, dtype); break;
@@ -379,14 +393,15 @@ FA_INLINE vf mask_of_keys(const fa_args *a, const char *mask, int64_t key, int n
     return v_load(x);
 }
 
-/* Scores of one row, keys in the lanes, become weights. Returns whether some key of the block is hidden from it. */
-FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *rescale, fa_dtype dtype)
+/* Scale, softcap, bias, ALiBi and visibility of the scores of one row, keys in the lanes; top becomes the largest.
+ * Returns whether some key of the block is hidden from the row. */
+FA_INLINE bool finish_scores(const rows *w, int r, const key_block *now, vf *top, fa_dtype dtype)
 {
     const fa_args *a = w->a;
     const int64_t k0 = now->first;
-    const int nk = now->n, degree = dtype == FA_BF16 ? 3 : 5;
+    const int nk = now->n;
     float *s = w->scores + r * KB;
-    vf hide = v_set1(-INFINITY), top = v_set1(w->max[r]), scale = v_set1(w->ops.scale);
+    vf hide = v_set1(-INFINITY), scale = v_set1(w->ops.scale);
     vm hidden = v_ne(scale, scale);
     vi lo = vi_set1((int32_t)fa_max64(w->keys[r].lo - k0, 0)), hi = vi_set1((int32_t)fa_min64(w->keys[r].hi - k0, nk));
     const char *mask = w->ops.mask ? mask_row(&a->mask, w->b, w->head[r], w->query[r]) : NULL;
@@ -409,14 +424,41 @@ FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *re
         }
         vm off = vm_or(vi_gt(lo, at), vi_gt(at, vi_sub(hi, vi_set1(1))));
         x = v_select(off, hide, x);
-        top = v_max(x, top);
+        *top = v_max(x, *top);
         v_store(s + j, x);
     }
+    return vm_any(hidden) || w->keys[r].lo > k0 || w->keys[r].hi < k0 + nk;
+}
+
+/* The same of whole vectors of keys that the row sees, where the scale is all there is: most blocks of most calls. */
+FA_INLINE void scale_scores(const rows *w, int r, const key_block *now, vf *top, fa_dtype dtype)
+{
+    float *s = w->scores + r * KB;
+    for (int j = 0; j < now->n; j += VL) {
+        vf x = v_mul(v_load(s + j), v_set1(w->ops.scale));
+        if (quantised(dtype))
+            x = v_mul(x, v_load(now->k_scale + j));
+        *top = v_max(x, *top);
+        v_store(s + j, x);
+    }
+}
+
+/* Scores of one row become weights. Returns whether some key of the block is hidden from it. */
+FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *rescale, fa_dtype dtype)
+{
+    const int degree = dtype == FA_BF16 ? 3 : 5;
+    float *s = w->scores + r * KB;
+    vf top = v_set1(w->max[r]);
+    bool hides = false;
+    if (!w->plain || now->n % VL || w->keys[r].lo > now->first || w->keys[r].hi < now->first + now->n)
+        hides = finish_scores(w, r, now, &top, dtype);
+    else
+        scale_scores(w, r, now, &top, dtype);
     float m = v_hmax(top);
     rescale[r] = m == w->max[r] ? 1 : m > -INFINITY ? exp2f(w->max[r] - m) : 0;
     w->max[r] = m;
     vf base = v_set1(m > -INFINITY ? m : 0), acc = v_zero();
-    for (int j = 0; j < nk; j += VL) {
+    for (int j = 0; j < now->n; j += VL) {
         vf p = v_exp2(v_sub(v_load(s + j), base), degree);
         acc = v_add(acc, p);
         if (quantised(dtype)) /* what a hidden key is scaled by may be anything */
@@ -424,7 +466,7 @@ FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *re
         v_store(s + j, p);
     }
     w->sum[r] = w->sum[r] * rescale[r] + v_hsum(acc);
-    return vm_any(hidden) || w->keys[r].lo > k0 || w->keys[r].hi < k0 + nk;
+    return hides;
 }
 
 /* to[d_pad] <- the query of row r */
@@ -459,7 +501,8 @@ FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequenc
               .out = (float *)(void *)(scratch + at.out), .max = (float *)(void *)(scratch + at.max),
               .sum = (float *)(void *)(scratch + at.sum)};
     w.span = fa_span_at(a, w.b);
-    w.block = block_keys(w.d * size_of(dtype));
+    w.block = w.n <= ROWS ? block_keys(w.d * size_of(dtype)) : KB;
+    w.plain = !w.ops.softcap && !w.ops.mask && !w.ops.alibi;
     w.d_pad = fa_padded(w.d, 2 * VL);
     w.dv_pad = fa_padded(w.dv, 2 * VL);
     memset(w.out, 0, (size_t)(w.n * w.dv_pad) * 4);
