@@ -346,7 +346,7 @@ static __attribute__((noinline)) void values_one_by_one(const rows *w, const key
 }
 
 /* Is there NaN or infinity among the values? x * 0 is NaN exactly for them. */
-static __attribute__((noinline)) bool nonfinite_values(const rows *w, const key_block *now, fa_dtype dtype)
+FA_INLINE bool nonfinite_values(const rows *w, const key_block *now, fa_dtype dtype)
 {
     vf acc = v_zero();
     for (int j = 0; j < now->n; j++)
@@ -560,8 +560,12 @@ FA_INLINE void rows_end(const rows *w, float *partial, fa_dtype dtype)
     }
 }
 
+/* The two products of a block are functions of their own: with all in one, the loops get fewer registers. */
+typedef void dot_fn(const rows *w, const key_block *now, const key_block *next);
+typedef void value_fn(const rows *w, const key_block *now, const key_block *next, bool hides, const float *rescale);
+
 FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, char *scratch, char *shared,
-                         fa_dtype dtype)
+                         fa_dtype dtype, dot_fn *dots, value_fn *values)
 {
     int64_t split = task % plan->splits;
     rows w = rows_begin(a, plan, task / plan->splits, split, scratch, dtype);
@@ -580,20 +584,29 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
         point_at(next, &w, now->first + w.block, keys.hi);
         if (quantised(dtype))
             scales_of(now, &w, dtype);
-        dot_block(&w, now, next, dtype);
+        dots(&w, now, next);
         for (int r = 0; r < w.n; r++)
             hides |= row_weights(&w, r, now, rescale, dtype);
-        value_block(&w, now, next, hides, rescale, dtype);
+        values(&w, now, next, hides, rescale);
     }
     int64_t all = a->q.size[0] * a->q.size[1] * a->q.size[2];
     rows_end(&w, plan->splits > 1 ? (float *)(void *)shared + split * all * fa_partial_floats(w.dv) : NULL, dtype);
 }
 
 #define DECODE(name, dtype)                                                                                            \
+    static __attribute__((noinline)) void dots_##name(const rows *w, const key_block *now, const key_block *next)      \
+    {                                                                                                                  \
+        dot_block(w, now, next, dtype);                                                                                \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void values_##name(const rows *w, const key_block *now, const key_block *next,    \
+                                                        bool hides, const float *rescale)                              \
+    {                                                                                                                  \
+        value_block(w, now, next, hides, rescale, dtype);                                                              \
+    }                                                                                                                  \
     void FA_KERNEL(decode, name)(const fa_args *a, const fa_plan *p, int64_t task, char *scratch, char *shared);       \
     void FA_KERNEL(decode, name)(const fa_args *a, const fa_plan *p, int64_t task, char *scratch, char *shared)        \
     {                                                                                                                  \
-        rows_task(a, p, task, scratch, shared, dtype);                                                                 \
+        rows_task(a, p, task, scratch, shared, dtype, dots_##name, values_##name);                                     \
     }
 
 DECODE(f32, FA_F32)
