@@ -15,6 +15,12 @@ typedef __m256 vm; /* all ones or all zeros in each lane */
 
 static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void v_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
+/* x, held in a register: else a compiler reads it from memory again for each use, and loads become the limit */
+static inline vf v_keep(vf x)
+{
+    __asm__("" : "+x"(x));
+    return x;
+}
 static inline vf v_set1(float x) { return _mm256_set1_ps(x); }
 static inline vf v_zero(void) { return _mm256_setzero_ps(); }
 static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
@@ -46,11 +52,30 @@ static inline float v_hsum(vf a)
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
-/* out[0..3] = sums of the lanes of a, b, c, d */
-static inline void v_hsum4(float *out, vf a, vf b, vf c, vf d)
+/* In each half: the sums of a's lanes 0 and 2, 1 and 3, then of b's. A blend costs no shuffle. */
+static inline __m256 v_fold_pairs(__m256 a, __m256 b)
 {
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    return _mm256_add_ps(_mm256_blend_ps(a, b, 0xCC), _mm256_shuffle_ps(a, b, 0x4E));
+}
+/* In each half: the sums of the lanes of a, b, c, d. */
+static inline __m256 v_fold_four(__m256 a, __m256 b, __m256 c, __m256 d)
+{
+    __m256 s = v_fold_pairs(a, c), t = v_fold_pairs(b, d);
+    return _mm256_add_ps(_mm256_blend_ps(s, t, 0xAA), _mm256_permute_ps(_mm256_blend_ps(s, t, 0x55), 0xB1));
+}
+/* lane i: the sum of the lanes of the i-th of VL vectors at p */
+static inline vf v_hsums(const float *p)
+{
+    __m256 x = v_fold_four(v_load(p), v_load(p + VL), v_load(p + 2 * VL), v_load(p + 3 * VL));
+    __m256 y = v_fold_four(v_load(p + 4 * VL), v_load(p + 5 * VL), v_load(p + 6 * VL), v_load(p + 7 * VL));
+    return _mm256_add_ps(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));
+}
+/* a0 b0 a1 b1 ... */
+static inline void v_zip(vf a, vf b, vf out[2])
+{
+    __m256 lo = _mm256_unpacklo_ps(a, b), hi = _mm256_unpackhi_ps(a, b);
+    out[0] = _mm256_permute2f128_ps(lo, hi, 0x20);
+    out[1] = _mm256_permute2f128_ps(lo, hi, 0x31);
 }
 
 /* masks; a comparison with NaN is false, but for v_ne */

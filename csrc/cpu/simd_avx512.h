@@ -14,6 +14,12 @@ typedef __mmask16 vm;
 
 static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void v_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+/* x, held in a register: else a compiler reads it from memory again for each use, and loads become the limit */
+static inline vf v_keep(vf x)
+{
+    __asm__("" : "+v"(x));
+    return x;
+}
 static inline vf v_set1(float x) { return _mm512_set1_ps(x); }
 static inline vf v_zero(void) { return _mm512_setzero_ps(); }
 static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
@@ -31,15 +37,32 @@ static inline vf v_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NE
 static inline vf v_ldexp(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 static inline float v_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 static inline float v_hsum(vf a) { return _mm512_reduce_add_ps(a); }
-/* out[0..3] = sums of the lanes of a, b, c, d */
-static inline void v_hsum4(float *out, vf a, vf b, vf c, vf d)
+/* In each quarter: the sums of the lanes of the four vectors at p. */
+static inline __m512 v_fold_four(const float *p)
 {
-    __m256 w = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-    __m256 x = _mm256_add_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps(b, 1));
-    __m256 y = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-    __m256 z = _mm256_add_ps(_mm512_castps512_ps256(d), _mm512_extractf32x8_ps(d, 1));
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(w, x), _mm256_hadd_ps(y, z));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    __m512 a = v_load(p), b = v_load(p + VL), c = v_load(p + 2 * VL), d = v_load(p + 3 * VL);
+    __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 t = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return _mm512_add_ps(_mm512_shuffle_ps(s, t, 0x44), _mm512_shuffle_ps(s, t, 0xEE));
+}
+/* The sums of a's quarters 0 and 1, 2 and 3, then of b's. */
+static inline __m512 v_fold_quarters(__m512 a, __m512 b)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+/* lane i: the sum of the lanes of the i-th of VL vectors at p */
+static inline vf v_hsums(const float *p)
+{
+    __m512 x = v_fold_quarters(v_fold_four(p), v_fold_four(p + 4 * VL));
+    __m512 y = v_fold_quarters(v_fold_four(p + 8 * VL), v_fold_four(p + 12 * VL));
+    return v_fold_quarters(x, y);
+}
+/* a0 b0 a1 b1 ... */
+static inline void v_zip(vf a, vf b, vf out[2])
+{
+    vi at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    out[0] = _mm512_permutex2var_ps(a, at, b);
+    out[1] = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(8)), b);
 }
 
 /* masks; a comparison with NaN is false, but for v_ne */
