@@ -323,23 +323,56 @@ def test_continuous_batching_reads_the_pages_in_place(monkeypatch):
     assert copied and not any(copied), f"tokens copied out of the cache: {copied}"
 
 
+def arriving_over_time(model, prompts, settings):
+    """The tokens for each prompt, where the next prompt comes only when an earlier one has given tokens."""
+    found = {}
+
+    def receive(manager):
+        result = manager.get_result(timeout=120)
+        assert result is not None and result.error is None, "no token within two minutes" if result is None else (
+            result.error)
+        found[result.request_id] = result
+
+    with model.continuous_batching_context_manager(**settings) as manager:
+        for index, prompt in enumerate(prompts):
+            manager.add_request(prompt, request_id=str(index), max_new_tokens=TOKENS, streaming=True)
+            receive(manager)
+        while not all(str(i) in found and found[str(i)].is_finished() for i in range(len(prompts))):
+            receive(manager)
+    return [found[str(i)].generated_tokens for i in range(len(prompts))]
+
+
 def test_continuous_batching_of_prompts_that_arrive_over_time(models):
-    """The next prompt comes only when an earlier one has given tokens, and each is as if it were alone."""
     eager, ours = models
     prompts = prompts_of([60, 2, 33, 7])
     fused.enable_continuous_batching(ours)
-    found = {}
-    with ours.continuous_batching_context_manager(**batching()) as manager:
-        for index, prompt in enumerate(prompts):
-            manager.add_request(prompt, request_id=str(index), max_new_tokens=TOKENS, streaming=True)
-            result = manager.get_result(timeout=60)
-            assert result is not None, "no token within a minute"
-            found[result.request_id] = result
-        while not all(str(i) in found and found[str(i)].is_finished() for i in range(len(prompts))):
-            result = manager.get_result(timeout=60)
-            assert result is not None, "no token within a minute"
-            found[result.request_id] = result
-    assert [found[str(i)].generated_tokens for i in range(len(prompts))] == alone(eager, prompts)
+    assert arriving_over_time(ours, prompts, batching()) == alone(eager, prompts)
+
+
+@pytest.mark.slow
+def test_continuous_batching_of_a_real_model(monkeypatch):
+    """The demo's model: prompts of very different lengths, arriving over time, give the tokens of eager attention."""
+    import pathlib
+
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
+    smollm = pytest.importorskip("smollm")
+    try:
+        folder = smollm.ensure_cached()
+    except smollm.ModelMissing as missing:
+        pytest.skip(str(missing))
+    from pydoc_data.topics import topics
+
+    tokenizer = smollm.load_tokenizer(folder)
+    text = tokenizer(topics["with"] + topics["class"] + topics["for"])["input_ids"]
+    prompts = [text[:20], text[20:620], text[620:623], text[1000:1300], text[1300:1420]]
+    eager = smollm.load_model(folder, "eager")
+    eager.generation_config.eos_token_id = None
+    want = alone(eager, prompts)
+    ours = smollm.load_model(folder, "sdpa")
+    fused.enable_continuous_batching(ours)
+    before = fused.calls()
+    assert arriving_over_time(ours, prompts, batching(page_size=64, max_batch_tokens=512)) == want
+    assert fused.calls() > before
 
 
 def test_a_shared_prefix_in_continuous_batching():
