@@ -77,8 +77,8 @@ def build_batches(tokenizer, text: str, question: str, tokens: int) -> dict[str,
     ragged = prompts(*(min(tokens, max(SHORT, tokens * percent // 100)) for percent in (13, 50, 100)))
     many = prompts(*[min(tokens, SHORT)] * MANY)
     lengths = [sorted(map(len, batch)) for batch in (ragged, many)]
-    return {f"{len(ragged)} texts, {', '.join(f'{n:,}' for n in lengths[0])} tokens": ragged,
-            f"{MANY} texts of {lengths[1][-1]} tokens": many}
+    return {f"{len(ragged)} texts, tokens: {', '.join(f'{n:,}' for n in lengths[0])}": ragged,
+            f"{MANY} texts, tokens: {lengths[1][-1]} each": many}
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -212,9 +212,8 @@ def table_rows(results: dict) -> list[list[str]]:
 def batch_rows(batches: dict, results: dict) -> list[list[str]]:
     rows = []
     for batch, prompts in batches.items():
-        for name in BATCH_IMPLEMENTATIONS:
+        for name, label in zip(BATCH_IMPLEMENTATIONS, batch.split(": ")):  # in two lines, for narrow terminals
             r = results.get(name, {"batches": {}})["batches"].get(batch)
-            label = batch if name == BATCH_IMPLEMENTATIONS[0] else ""
             if r is None:
                 rows.append([label, LABELS[name], *["-"] * 4])
                 continue
@@ -234,13 +233,13 @@ def show_batches(console, args, batches: dict, results: dict) -> None:
     table = Table(title=f"Several prompts at once by continuous batching, {args.new} tokens written for each")
     table.add_column("prompts", no_wrap=True)
     table.add_column("attention", no_wrap=True)
-    for heading in ("whole\ns", "read and written\ntokens/s", "extra\nMiB", "SDPA's\ntokens"):
+    for heading in ("whole\ns", "in and out\ntokens/s", "extra\nMiB", "SDPA's\ntokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in batch_rows(batches, results):
         table.add_row(*row)
     console.print(table)
-    console.print("- With SDPA each step attends over a mask of all tokens of the batch by all they read; ours takes "
-                  "the sequences as they are, and reads the cache's pages in place.", markup=False,
+    console.print("- With SDPA each step attends over a mask of all the batch's tokens by all they read; flashattn_ext "
+                  "takes the sequences as they are, and reads the cache's pages in place.", markup=False,
                   highlight=False, style="dim")
 
 
