@@ -26,7 +26,8 @@ def python(code, **environment):
 
 def test_public_names():
     expected = {"scaled_dot_product_attention", "use_as_sdpa", "explain", "set_deterministic", "kernels", "build_info",
-                "__version__", "reference"}
+                "__version__", "reference", "varlen_attn", "decode_attention", "PagedKVCache", "CacheFull",
+                "merge_attention"}
     assert expected <= set(dir(fa))
     assert set(fa.__all__) == expected
     assert callable(fa.reference.attention)
@@ -37,6 +38,20 @@ def test_signature_of_the_drop_in():
         "(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, "
         "window=None, "
         "softcap=0.0, sinks=None, alibi_slopes=None, q_seqlens=None, kv_seqlens=None, return_lse=False)")
+
+
+def test_signatures_of_the_serving_functions():
+    assert str(inspect.signature(fa.varlen_attn)) == (
+        "(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), "
+        "enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=0.0, sinks=None, "
+        "alibi_slopes=None)")
+    assert str(inspect.signature(fa.decode_attention)) == (
+        "(query, k_cache, v_cache, cache_seqlens, *, k_new=None, v_new=None, block_table=None, scale=None, causal=True, "
+        "window=None, softcap=0.0, sinks=None, alibi_slopes=None, rope_cos=None, rope_sin=None, rope_interleaved=False, "
+        "k_scale=None, v_scale=None, tree_mask=None, num_splits=None, batch_invariant=False, return_lse=False, out=None)")
+    assert str(inspect.signature(fa.merge_attention)) == "(out_a, lse_a, out_b, lse_b)"
+    assert str(inspect.signature(fa.PagedKVCache)) == (
+        "(num_pages, page_size, num_kv_heads, head_dim, *, v_head_dim=None, dtype, device, quant=None)")
 
 
 def test_explain_and_reference_take_what_the_drop_in_takes():
