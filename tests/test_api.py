@@ -274,9 +274,11 @@ def test_kernels_are_named_by_the_grammar():
     listed = fa.kernels()
     assert listed and len({k["name"] for k in listed}) == len(listed)
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+    stored = {"int8": "i8", "float8_e4m3fn": "f8e4m3"}  # of quantised caches
     for kernel in listed:
         assert set(kernel) == {"name", "op", "target", "dtype", "usable"}
-        assert kernel["name"] == f"fa_{kernel['op']}_{kernel['target']}_{short[kernel['dtype']]}"
+        assert kernel["name"] == f"fa_{kernel['op']}_{kernel['target']}_{(short | stored)[kernel['dtype']]}"
+        assert kernel["dtype"] in short or kernel["op"] == "decode"
     usable = {(k["op"], k["dtype"]) for k in listed if k["usable"]}
     assert {(op, dtype) for op in ("fwd", "bwd") for dtype in short} <= usable
 
