@@ -25,14 +25,14 @@
 #define ROWS 4    /* most rows of a tile */
 #define GROUP VL  /* keys that all rows take before the next ones */
 #define COLS 8    /* most vectors of columns of a tile */
-#define FETCH_KEYS 4 /* keys of a tile of values between two steps of fetch */
+#define FETCH_KEYS 2 /* keys of a tile of values between two steps of fetch */
 
 /* Keys of a tile of scores and vectors of a tile of outputs, by its rows: as many sums as registers can hold. */
 #ifdef FA_ISA_AVX512
 #define TILE_KEYS(rows) ((rows) == 1 ? 8 : 4)
 #define TILE_COLS(rows) ((rows) <= 2 ? 8 : 4)
 #else
-#define TILE_KEYS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
+#define TILE_KEYS(rows) ((rows) == 4 ? 2 : 4)
 #define TILE_COLS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
 #endif
 
