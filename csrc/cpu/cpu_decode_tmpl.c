@@ -119,7 +119,7 @@ FA_INLINE int step_part(int64_t d, int64_t n, fa_dtype t)
 static inline int block_keys(int64_t row_bytes)
 {
     int n = KB;
-    while (n > 16 && n * row_bytes > 4096)
+    while (n > GROUP && n * row_bytes > 4096)
         n /= 2;
     return n;
 }
