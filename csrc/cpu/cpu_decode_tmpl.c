@@ -25,14 +25,14 @@
 #define ROWS 4    /* most rows of a tile */
 #define GROUP VL  /* keys that all rows take before the next ones */
 #define COLS 8    /* most vectors of columns of a tile */
-#define FETCH_KEYS 4 /* keys of a tile of values between two steps of fetch */
+#define FETCH_KEYS 2 /* keys of a tile of values between two steps of fetch */
 
 /* Keys of a tile of scores and vectors of a tile of outputs, by its rows: as many sums as registers can hold. */
 #ifdef FA_ISA_AVX512
 #define TILE_KEYS(rows) ((rows) == 1 ? 8 : 4)
 #define TILE_COLS(rows) ((rows) <= 2 ? 8 : 4)
 #else
-#define TILE_KEYS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
+#define TILE_KEYS(rows) ((rows) == 4 ? 2 : 4)
 #define TILE_COLS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
 #endif
 
@@ -79,10 +79,10 @@ static inline float unit_of(fa_dtype t)
     return t == FA_F8E4M3 ? 256 : 1;
 }
 
-/* vectors that one step along a row gives: bf16 comes as even and odd elements */
+/* vectors that one step along a row gives: bf16 comes as even and odd elements, fp8 as lower and upper ones */
 FA_INLINE int vectors_of(fa_dtype t)
 {
-    return t == FA_BF16 ? 2 : 1;
+    return t == FA_BF16 || t == FA_F8E4M3 ? 2 : 1;
 }
 
 /* where q and out keep element d of a row */
@@ -92,14 +92,16 @@ FA_INLINE int64_t place_of(int64_t d, fa_dtype t)
     return t == FA_BF16 ? d - at + at % 2 * VL + at / 2 : d;
 }
 
-/* n elements of a row from d on, 0 past them: one vector, of bf16 two */
+/* n elements of a row from d on, 0 past them: vectors_of(t) vectors */
 FA_INLINE void load_step(vf x[2], const char *row, int64_t d, int n, fa_dtype t)
 {
     const uint16_t *h = (const uint16_t *)(const void *)row + d;
     switch (t) {
     case FA_BF16: n >= 2 * VL ? v_load2_bf16(h, &x[0], &x[1]) : v_load2_bf16_n(h, n, &x[0], &x[1]); break;
     case FA_I8: x[0] = n >= VL ? v_load_i8(row + d) : v_load_i8_n(row + d, n); break;
-    case FA_F8E4M3: x[0] = n >= VL ? v_load_f8(row + d) : v_load_f8_n(row + d, n); break;
+    case FA_F8E4M3:
+        n >= 2 * VL ? v_load2_f8(row + d, &x[0], &x[1]) : v_load2_f8_n(row + d, n, &x[0], &x[1]);
+        break;
     default: x[0] = load_f32(row, d, n, 1, t); break;
     }
 }
@@ -117,7 +119,7 @@ FA_INLINE int step_part(int64_t d, int64_t n, fa_dtype t)
 static inline int block_keys(int64_t row_bytes)
 {
     int n = KB;
-    while (n > 16 && n * row_bytes > 4096)
+    while (n > GROUP && n * row_bytes > 4096)
         n /= 2;
     return n;
 }

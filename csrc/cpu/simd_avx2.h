@@ -156,17 +156,23 @@ static inline __m128i v_load_u8_n(const void *p, int n)
 static inline vf v_from_i8(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
 static inline vf v_load_i8(const void *p) { return v_from_i8(_mm_loadl_epi64((const __m128i *)p)); }
 static inline vf v_load_i8_n(const void *p, int n) { return v_from_i8(v_load_u8_n(p, n)); }
-/* float8_e4m3fn / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger by 8; the NaN of
- * fp8 has the largest exponent of fp8 only, so it is made one of fp16 */
-static inline vf v_from_f8(__m128i x)
+/* 2 VL elements of float8_e4m3fn, each / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger
+ * by 8. The NaN of fp8 has the largest exponent of fp8 only, so it is made one of fp16. */
+static inline void v_load2_f8(const void *p, vf *low, vf *high)
 {
-    __m128i w = _mm_cvtepi8_epi16(x);
-    __m128i h = _mm_and_si128(_mm_slli_epi16(w, 7), _mm_set1_epi16((short)0xbfff));
-    __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(w, _mm_set1_epi16((short)0xff80)), _mm_set1_epi16(-1));
-    return _mm256_cvtph_ps(_mm_or_si128(h, nan));
+    vi w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    vi h = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff));
+    vi nan = _mm256_cmpeq_epi16(_mm256_or_si256(w, _mm256_set1_epi16((short)0xff80)), _mm256_set1_epi16(-1));
+    h = _mm256_or_si256(h, nan);
+    *low = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+    *high = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
 }
-static inline vf v_load_f8(const void *p) { return v_from_f8(_mm_loadl_epi64((const __m128i *)p)); }
-static inline vf v_load_f8_n(const void *p, int n) { return v_from_f8(v_load_u8_n(p, n)); }
+static inline void v_load2_f8_n(const void *p, int n, vf *low, vf *high)
+{
+    uint8_t t[2 * VL] = {0};
+    memcpy(t, p, (size_t)n);
+    v_load2_f8(t, low, high);
+}
 
 /* round to nearest even; a NaN stays one */
 static inline __m128i v_to_bf16(vf x)
