@@ -1,4 +1,4 @@
-/* Append and merge, in guarded memory, against their definitions in double. Neither has kernels of an instruction set. */
+/* Append and merge, in guarded memory, against their definitions in double. Both are plain C, one for all machines. */
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
