@@ -160,7 +160,7 @@ static void scales_of(key_block *to, const rows *w, int64_t first, int n, fa_dty
     }
 }
 
-/* The next block's rows, fetched while this one is worked on: evenly, as a core has room for some 20 misses at a time. */
+/* The next block's rows, fetched while this one is worked on: evenly, as a core has room for about 20 misses. */
 typedef struct ahead {
     const char *const *next;
     int rows, steps; /* rows are due over this many steps */
@@ -372,7 +372,8 @@ FA_INLINE void value_block(const rows *w, const key_block *now, const key_block 
     int tiles = 0;
     for (int r = 0; r < w->n; r += ROWS)
         tiles += value_tiles(w, w->n - r < ROWS ? w->n - r : ROWS, dtype);
-    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype), .steps = tiles * (now->n / FETCH_KEYS)};
+    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype),
+               .steps = tiles * (now->n / FETCH_KEYS)};
     for (int r = 0; r < w->n; r += ROWS)
         switch (w->n - r) {
         case 1: value_strip(w, now, r, 1, rescale, &f, dtype); break;
