@@ -126,7 +126,8 @@ typedef struct fa_args {
 } fa_args;
 
 /* Full check of the arguments of one direction, before any work. Reads only what says where rows lie (q_seqlens,
- * kv_seqlens, cu_q, cu_k, block_table), which must be host memory. On refusal err->text says which value was seen and which are allowed. */
+ * kv_seqlens, cu_q, cu_k, block_table), which must be host memory. On refusal err->text says which value was seen and
+ * which are allowed. */
 fa_status fa_validate_forward(const fa_args *a, fa_error *err);
 fa_status fa_validate_backward(const fa_args *a, fa_error *err);
 

@@ -425,7 +425,7 @@ ONE = torch.zeros(1, dtype=torch.int32)
     ("flash_attn_with_kvcache", dict(CACHE, block_table=ONE[None], cache_batch_idx=ONE), ["block_table", "batch_idx"]),
     ("flash_attn_with_kvcache", dict(CACHE, block_table=ONE[None], cache_leftpad=ONE), ["block_table", "leftpad"]),
     ("flash_attn_with_kvcache", dict(CACHE, k=ones(1, 2, 2, 8), v=ones(1, 2, 2, 8), cache_seqlens=3), ["3"]),
-    ("flash_attn_with_kvcache", dict(CACHE, cache_seqlens=3, cache_batch_idx=ONE + 1), ["cache_batch_idx[0]", "1", "0"]),
+    ("flash_attn_with_kvcache", dict(CACHE, cache_seqlens=3, cache_batch_idx=ONE + 1), ["batch_idx[0]", "1", "0"]),
     ("flash_attn_with_kvcache", dict(CACHE, cache_batch_idx=ONE[None]), ["cache_batch_idx", "(1,)", "(1, 1)"]),
     ("flash_attn_with_kvcache", dict(CACHE, cache_seqlens=3, cache_leftpad=ONE + 4), ["cache_leftpad[0]", "3", "4"]),
     ("flash_attn_with_kvcache", dict(CACHE, cache_leftpad=ONE - 1), ["cache_leftpad[0]", "-1"]),

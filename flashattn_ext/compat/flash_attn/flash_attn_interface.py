@@ -211,8 +211,8 @@ def _check_places(rows, leftpad, lengths, k_cache, batch, new):
     number, capacity = k_cache.shape[:2]
     for b, length in enumerate(lengths.tolist()):
         if rows is not None and not 0 <= rows[b] < number:
-            raise RuntimeError(f"cache_batch_idx[{b}] must be between 0 and {number - 1}, the last row of the cache, got "
-                               f"{int(rows[b])}")
+            raise RuntimeError(f"cache_batch_idx[{b}] must be between 0 and {number - 1}, the last row of the cache, "
+                               f"got {int(rows[b])}")
         if not 0 <= length <= capacity - new:
             raise RuntimeError(f"cache_seqlens[{b}] must be between 0 and {capacity - new}, the capacity of the cache "
                                f"({capacity}) less the tokens of k ({new}), got {length}")
