@@ -385,18 +385,6 @@ FA_INLINE void value_block(const rows *w, const key_block *now, const key_block 
 
 /* ---- from scores to weights -------------------------------------------------------------------------------------- */
 
-/* mask_values of keys, of which those before mask_first have no column and are not hidden */
-FA_INLINE vf mask_of_keys(const fa_args *a, const char *mask, int64_t key, int n)
-{
-    int64_t column = key - a->mask_first;
-    if (column >= 0)
-        return mask_values(&a->mask, mask, column, n);
-    float x[2 * VL] = {0};
-    if (column + n > 0)
-        v_store(x - column, mask_values(&a->mask, mask, 0, (int)(column + n)));
-    return v_load(x);
-}
-
 /* Scale, softcap, bias, ALiBi and visibility of the scores of one row, keys in the lanes; top becomes the largest.
  * Returns whether some key of the block is hidden from the row. */
 FA_INLINE bool finish_scores(const rows *w, int r, const key_block *now, vf *top, fa_dtype dtype)
@@ -417,7 +405,7 @@ FA_INLINE bool finish_scores(const rows *w, int r, const key_block *now, vf *top
         if (w->ops.softcap)
             x = v_mul(v_tanh(x), v_set1((float)(a->softcap * FA_LOG2E)));
         if (mask) {
-            vf bias = mask_of_keys(a, mask, k0 + j, nk - j < VL ? nk - j : VL);
+            vf bias = mask_values_from(&a->mask, mask, k0 + j, nk - j < VL ? nk - j : VL, a->mask_first);
             vm none = v_eq(bias, hide);
             x = v_select(none, hide, v_add(x, bias));
             hidden = vm_or(hidden, none);
