@@ -144,8 +144,8 @@ typedef struct fa_plan {
     fa_kernel_kind kind;
     int64_t block_rows;      /* BM: query rows of a panel */
     int64_t block_keys;      /* BN */
-    int64_t panels;          /* panels of one (batch, kv head) */
-    int64_t chunk_panels;    /* panels that share one pass over K and V */
+    int64_t panels;          /* panels of one (batch, kv head); of the rows kernel: kv heads */
+    int64_t chunk_panels;    /* panels that share one pass over K and V; kv heads that one task takes in turn */
     int64_t splits;          /* parts the keys are cut into; never depends on the number of threads */
     int64_t split_keys;      /* keys of one part, a multiple of block_keys */
     int64_t tasks;           /* units of parallel work */

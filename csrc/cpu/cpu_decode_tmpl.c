@@ -1,11 +1,12 @@
 /* Forward for few query rows (decode): streams K and V once at the speed of memory. Compiled once for each instruction
  * set.
  *
- * One task is one (batch, kv head) and a part of its keys; its rows are the queries of all heads of the group, at most
- * FA_ROWS_MAX. Here the head dimension is in the lanes, as K and V lie in memory, each row behind a pointer of its own,
- * so that pages of any size cost nothing:
+ * One task is some kv heads of a sequence and a part of its keys; the rows of a head are the queries of all heads of its
+ * group, at most FA_ROWS_MAX. Here the head dimension is in the lanes, as K and V lie in memory, each row behind a
+ * pointer of its own, so that pages of any size cost nothing. Where the heads of a token lie side by side, a task takes
+ * them all in turn, so that memory is read in its own order; where each head has its keys in one piece, one head:
  *
- *   for each block of keys
+ *   for each block of keys, for each kv head
  *       S[row][key] = q . k                tiles of rows x keys of accumulators, their lanes summed a group of keys at
  *                                          a time; meanwhile the next block of K is prefetched
  *       scale of the key, softcap, bias, ALiBi, visibility                                       keys in the lanes
@@ -26,6 +27,9 @@
 #define GROUP VL     /* keys that all rows take before the next ones */
 #define COLS 8       /* most vectors of columns of a tile */
 #define FETCH_KEYS 2 /* keys of a tile of values between two steps of fetch */
+#ifndef FAR_BYTES
+#define FAR_BYTES (256 << 10) /* half of a second-level cache */
+#endif
 
 /* Keys of a tile of scores and vectors of a tile of outputs, by its rows: as many sums as registers can hold. */
 #ifdef FA_ISA_AVX512
@@ -53,9 +57,19 @@ typedef struct rows {
     float slope[FA_ROWS_MAX];
 } rows;
 
+_Static_assert(sizeof(rows) <= FA_ROWS_BYTES, "the planner reserves FA_ROWS_BYTES for a head's rows");
+
 /* ---- keys and values -------------------------------------------------------------------------------------------- */
 
-/* Up to KB keys in a row. Pointers past n repeat the last, up to a whole GROUP. */
+/* Where up to KB keys in a row lie: offsets of the rows of kv head 0 from the start of k and v, in bytes, and of their
+ * scales, in elements. */
+typedef struct key_places {
+    int64_t first;
+    int n;
+    int64_t k[KB], v[KB], k_scale[KB], v_scale[KB];
+} key_places;
+
+/* The rows of one kv head. Pointers past n repeat the last, up to a whole GROUP. */
 typedef struct key_block {
     int64_t first;
     int n;
@@ -124,39 +138,77 @@ static inline int block_keys(int64_t row_bytes)
     return n;
 }
 
-/* Where the keys first .. lie, at most a block of them and none past `end`. */
-static void point_at(key_block *to, const rows *w, int64_t first, int64_t end)
+/* The keys first .., at most a block of them and none past `end`. */
+static void find_places(key_places *to, const rows *w, int64_t first, int64_t end)
 {
     const fa_args *a = w->a;
-    const fa_tensor *k = &a->k, *v = &a->v;
-    const int64_t size = size_of(k->dtype), k_step = row_step(k, (size_t)size),
-                  v_step = row_step(v, (size_t)size);
+    const int64_t size = size_of(a->k.dtype), k_step = row_step(&a->k, (size_t)size),
+                  v_step = row_step(&a->v, (size_t)size);
     to->first = first;
     to->n = (int)fa_max64(0, fa_min64(w->block, end - first));
     const int64_t page_size = a->page_size ? a->page_size : INT64_MAX;
     int64_t inside = first % page_size;
     for (int i = 0; i < to->n; inside = 0) {
-        const char *k_row = (const char *)k->data + fa_key_row(a, k, w->b, w->hk, first + i);
-        const char *v_row = (const char *)v->data + fa_key_row(a, v, w->b, w->hk, first + i);
+        int64_t k = fa_key_row(a, &a->k, w->b, 0, first + i), v = fa_key_row(a, &a->v, w->b, 0, first + i);
         int last = (int)fa_min64(to->n, i + page_size - inside);
-        for (; i < last; i++, k_row += k_step, v_row += v_step) {
-            to->k[i] = k_row;
-            to->v[i] = v_row;
+        for (; i < last; i++, k += k_step, v += v_step) {
+            to->k[i] = k;
+            to->v[i] = v;
         }
     }
-    for (int i = to->n; i % GROUP; i++) {
-        to->k[i] = to->k[to->n - 1];
-        to->v[i] = to->v[to->n - 1];
+    if (a->k_scale.data && a->scale_per_token)
+        for (int i = 0; i < to->n; i++) {
+            to->k_scale[i] = fa_key_scale_at(a, &a->k_scale, 0, first + i) - (const float *)a->k_scale.data;
+            to->v_scale[i] = fa_key_scale_at(a, &a->v_scale, 0, first + i) - (const float *)a->v_scale.data;
+        }
+}
+
+/* One head's rows of these keys. */
+static void point_at(key_block *to, const rows *w, const key_places *at)
+{
+    const fa_args *a = w->a;
+    const int64_t size = size_of(a->k.dtype);
+    const char *k = (const char *)a->k.data + w->hk * a->k.stride[1] * size;
+    const char *v = (const char *)a->v.data + w->hk * a->v.stride[1] * size;
+    to->first = at->first;
+    to->n = at->n;
+    for (int i = 0; i < at->n; i++) {
+        to->k[i] = k + at->k[i];
+        to->v[i] = v + at->v[i];
+    }
+    for (int i = at->n; i % GROUP; i++) {
+        to->k[i] = to->k[at->n - 1];
+        to->v[i] = to->v[at->n - 1];
     }
 }
 
-/* Scales of n keys from `first` on. */
-static void scales_of(key_block *to, const rows *w, int64_t first, int n, fa_dtype dtype)
+/* The head's scales of these keys. */
+static void scales_of(key_block *to, const rows *w, const key_places *at, fa_dtype dtype)
 {
-    const fa_args *a = w->a;
-    for (int i = 0; i < n; i++) {
-        to->k_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->k_scale, w->hk, first + i);
-        to->v_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->v_scale, w->hk, first + i);
+    const fa_tensor *k = &w->a->k_scale, *v = &w->a->v_scale;
+    const bool each = w->a->scale_per_token;
+    const float *ks = (const float *)k->data + (k->size[1] > 1 ? w->hk * k->stride[1] : 0);
+    const float *vs = (const float *)v->data + (v->size[1] > 1 ? w->hk * v->stride[1] : 0);
+    for (int i = 0; i < at->n; i++) {
+        to->k_scale[i] = unit_of(dtype) * ks[each ? at->k_scale[i] : 0];
+        to->v_scale[i] = unit_of(dtype) * vs[each ? at->v_scale[i] : 0];
+    }
+}
+
+/* What to fetch while head `turn` of `heads` is worked on: its share of the next keys' rows, all heads of a token in a
+ * row, as they lie in memory. */
+static void point_ahead(key_block *to, const rows *first, int heads, int turn, const key_places *next)
+{
+    const fa_args *a = first->a;
+    const int64_t size = size_of(a->k.dtype), k_step = a->k.stride[1] * size, v_step = a->v.stride[1] * size;
+    const char *k = (const char *)a->k.data + first->hk * k_step, *v = (const char *)a->v.data + first->hk * v_step;
+    int key = turn * next->n / heads, head = turn * next->n % heads;
+    to->n = next->n;
+    for (int i = 0; i < next->n; i++) {
+        to->k[i] = k + next->k[key] + head * k_step;
+        to->v[i] = v + next->v[key] + head * v_step;
+        if (++head == heads)
+            head = 0, key++;
     }
 }
 
@@ -481,22 +533,22 @@ FA_INLINE void pack_query(float *to, const rows *w, int r, fa_dtype dtype)
         to[place_of(d, dtype)] = x[d];
 }
 
-FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequence, int64_t split, char *scratch,
-                          fa_dtype dtype)
+/* Head hk of sequence b, the slot-th of the task. */
+FA_INLINE void rows_begin(rows *to, const fa_args *a, const fa_plan *plan, int64_t b, int64_t hk, int64_t split,
+                          const fa_rows_scratch *at, char *scratch, int64_t slot, fa_dtype dtype)
 {
-    fa_target target = {.lanes = VL, .key_block = KB};
-    fa_rows_scratch at = fa_rows_scratch_of(a, &target);
-    int64_t heads = a->k.size[1], group = a->q.size[1] / heads, sq = a->q.size[2];
-    rows w = {.a = a, .ops = score_ops_of(a), .b = sequence / heads, .hk = sequence % heads,
-              .d = a->q.size[3], .dv = a->v.size[3], .n = (int)(group * sq),
-              .q = (float *)(void *)(scratch + at.q), .scores = (float *)(void *)(scratch + at.scores),
-              .out = (float *)(void *)(scratch + at.out), .max = (float *)(void *)(scratch + at.max),
-              .sum = (float *)(void *)(scratch + at.sum)};
+    int64_t group = fa_group(a), sq = a->q.size[2], n = group * sq;
+    rows w = {.a = a, .ops = score_ops_of(a), .b = b, .hk = hk, .d = a->q.size[3], .dv = a->v.size[3], .n = (int)n};
     w.span = fa_span_at(a, w.b);
     w.block = w.n <= ROWS ? block_keys(w.d * size_of(dtype)) : KB;
     w.plain = !w.ops.softcap && !w.ops.mask && !w.ops.alibi;
     w.d_pad = fa_padded(w.d, 2 * VL);
     w.dv_pad = fa_padded(w.dv, 2 * VL);
+    w.scores = (float *)(void *)(scratch + at->scores);
+    w.q = (float *)(void *)(scratch + at->q) + slot * n * w.d_pad;
+    w.out = (float *)(void *)(scratch + at->out) + slot * n * w.dv_pad;
+    w.max = (float *)(void *)(scratch + at->max) + slot * n;
+    w.sum = (float *)(void *)(scratch + at->sum) + slot * n;
     memset(w.out, 0, (size_t)(w.n * w.dv_pad) * 4);
     for (int r = 0; r < w.n; r++) {
         w.head[r] = w.hk * group + r / sq;
@@ -515,7 +567,7 @@ FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequenc
         }
         pack_query(w.q + r * w.d_pad, &w, r, dtype);
     }
-    return w;
+    *to = w;
 }
 
 /* n elements of rows of out to a row of any dtype and stride, in their own order */
@@ -556,33 +608,63 @@ FA_INLINE void rows_end(const rows *w, float *partial, fa_dtype dtype)
 typedef void dot_fn(const rows *w, const key_block *now, const key_block *next);
 typedef void value_fn(const rows *w, const key_block *now, const key_block *next, bool hides, const float *rescale);
 
+/* Is a block of all heads, K and V, small enough to be fetched while the block before it is worked on? */
+static inline bool fits_ahead(const rows *w, int heads)
+{
+    return w->block * heads * (w->d + w->dv) * size_of(w->a->k.dtype) <= FAR_BYTES;
+}
+
+/* One head's turn with one block. */
+FA_INLINE void head_step(const rows *w, const key_block *now, const key_block *next, fa_dtype dtype, dot_fn *dots,
+                         value_fn *values)
+{
+    float rescale[FA_ROWS_MAX];
+    bool hides = false;
+    dots(w, now, next);
+    for (int r = 0; r < w->n; r++)
+        hides |= row_weights(w, r, now, rescale, dtype);
+    values(w, now, next, hides, rescale);
+}
+
 FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, char *scratch, char *shared,
                          fa_dtype dtype, dot_fn *dots, value_fn *values)
 {
-    int64_t split = task % plan->splits;
-    rows w = rows_begin(a, plan, task / plan->splits, split, scratch, dtype);
-    fa_range keys = {INT64_MAX, 0};
-    for (int r = 0; r < w.n; r++)
-        if (w.keys[r].lo < w.keys[r].hi) {
-            keys.lo = fa_min64(keys.lo, w.keys[r].lo);
-            keys.hi = fa_max64(keys.hi, w.keys[r].hi);
+    const fa_target target = {.lanes = VL, .key_block = KB};
+    const fa_rows_scratch at = fa_rows_scratch_of(a, &target, plan->chunk_panels);
+    const int64_t chunks = fa_ceil_div(a->k.size[1], plan->chunk_panels), split = task % plan->splits;
+    const int64_t hk = task / plan->splits % chunks * plan->chunk_panels, b = task / plan->splits / chunks;
+    const int heads = (int)fa_min64(plan->chunk_panels, a->k.size[1] - hk);
+    rows *w = (rows *)(void *)(scratch + at.info);
+    for (int h = 0; h < heads; h++)
+        rows_begin(&w[h], a, plan, b, hk + h, split, &at, scratch, h, dtype);
+    fa_range keys = {INT64_MAX, 0}; /* the same for every head */
+    for (int r = 0; r < w->n; r++)
+        if (w->keys[r].lo < w->keys[r].hi) {
+            keys.lo = fa_min64(keys.lo, w->keys[r].lo);
+            keys.hi = fa_max64(keys.hi, w->keys[r].hi);
         }
-    key_block blocks[2];
-    point_at(&blocks[0], &w, keys.lo, keys.hi);
-    for (int64_t i = 0; keys.lo + i * w.block < keys.hi; i++) {
-        key_block *now = &blocks[i % 2], *next = &blocks[(i + 1) % 2];
-        float rescale[FA_ROWS_MAX];
-        bool hides = false;
-        point_at(next, &w, now->first + w.block, keys.hi);
-        if (quantised(dtype) && (a->scale_per_token || i < 2)) /* else they stay: two blocks take turns */
-            scales_of(now, &w, now->first, a->scale_per_token ? now->n : KB, dtype);
-        dots(&w, now, next);
-        for (int r = 0; r < w.n; r++)
-            hides |= row_weights(&w, r, now, rescale, dtype);
-        values(&w, now, next, hides, rescale);
+    key_places places[2];
+    key_block now, next;
+    const bool far = heads > 1 && fits_ahead(w, heads);
+    find_places(&places[0], w, keys.lo, keys.hi);
+    for (int64_t i = 0; keys.lo + i * w->block < keys.hi; i++) {
+        const key_places *here = &places[i % 2], *there = &places[(i + 1) % 2];
+        find_places(&places[(i + 1) % 2], w, here->first + w->block, keys.hi);
+        for (int h = 0; h < heads; h++) {
+            point_at(&now, &w[h], here);
+            if (far)
+                point_ahead(&next, w, heads, h, there);
+            else
+                point_at(&next, &w[(h + 1) % heads], h + 1 < heads ? here : there);
+            if (quantised(dtype))
+                scales_of(&now, &w[h], here, dtype);
+            head_step(&w[h], &now, &next, dtype, dots, values);
+        }
     }
     int64_t all = a->q.size[0] * a->q.size[1] * a->q.size[2];
-    rows_end(&w, plan->splits > 1 ? (float *)(void *)shared + split * all * fa_partial_floats(w.dv) : NULL, dtype);
+    float *partial = plan->splits > 1 ? (float *)(void *)shared + split * all * fa_partial_floats(w->dv) : NULL;
+    for (int h = 0; h < heads; h++)
+        rows_end(&w[h], partial, dtype);
 }
 
 #define DECODE(name, dtype)                                                                                            \

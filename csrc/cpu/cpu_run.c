@@ -103,9 +103,10 @@ static void plan_parts(const fa_args *a, bool forward, int num_threads, fa_plan 
     }
     *plan = (fa_plan){.kernel = "none", .splits = 1, .why = "no sequences", .why_splits = "no sequences",
                       .shared_bytes = (size_t)fa_round_up(n * (int64_t)sizeof(fa_part), 64)};
+    const int share = (int)fa_max64(1, num_threads / fa_max64(1, n)); /* threads that a part can count on */
     double most = -1;
     for (int64_t i = 0; i < n; i++) {
-        fa_part part = part_plan(part_args(a, i, &storage), &ops, forward, num_threads);
+        fa_part part = part_plan(part_args(a, i, &storage), &ops, forward, share);
         part.shared = plan->shared_bytes;
         if (part.plan.flops + part.plan.bytes > most) { /* the report shows the largest */
             fa_plan sums = *plan;

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 
 static const char why_scalar[] = "the reference in plain C: float64, or no vector kernel enabled";
 
@@ -54,13 +55,15 @@ void fa_plan_finish(fa_plan *p, int num_threads)
     p->workspace = p->shared_bytes + (size_t)p->threads * p->thread_bytes + 64;
 }
 
+enum { KEYS_LEAST = 512 }; /* shorter parts cost more in merging than they win */
+
 static void plan_panels(const fa_args *a, const fa_target *t, int num_threads, fa_plan *p)
 {
     enum { CHUNK_MAX = 16, CHUNK_USEFUL = 8, TASKS_A_THREAD = 4 };
     fa_panels panels = fa_panels_of(a, t->panel_rows);
     int64_t sequences = a->q.size[0] * a->k.size[1];
     p->panels = panels.count;
-    p->split_keys = fa_split_keys(a, sequences * panels.count, t->key_block, &p->splits);
+    p->split_keys = fa_split_keys(a, sequences * panels.count, KEYS_LEAST, t->key_block, &p->splits);
     /* The chunk may follow the number of threads: results do not depend on it. */
     int64_t chunk = fa_max64(1, sequences * panels.count * p->splits / (TASKS_A_THREAD * (int64_t)num_threads));
     int64_t most = t->panel_rows >= 64 ? CHUNK_USEFUL : CHUNK_MAX;
@@ -72,11 +75,34 @@ static void plan_panels(const fa_args *a, const fa_target *t, int num_threads, f
     p->thread_bytes = fa_fwd_scratch_of(a, t, chunk).bytes;
 }
 
+/* Do the heads of a key lie closer together than the keys of a head? */
+static bool heads_side_by_side(const fa_tensor *t)
+{
+    return llabs(t->stride[1]) < llabs(t->stride[2]);
+}
+
+/* A task takes several kv heads where that reads memory in its own order. Neither that nor the number of threads decides
+ * how the keys are split, so that results depend on neither. */
+static void plan_rows(const fa_args *a, const fa_target *t, int num_threads, fa_plan *p)
+{
+    enum { TASKS_A_THREAD = 2, BYTES_MAX = 128 << 10 };
+    int64_t batch = a->q.size[0], heads = a->k.size[1], least = heads > 1 ? 2 * KEYS_LEAST : KEYS_LEAST;
+    p->split_keys = fa_split_keys(a, batch, least, t->key_block, &p->splits);
+    int64_t chunk = heads_side_by_side(&a->k) && heads_side_by_side(&a->v) ? fa_max64(1, heads) : 1;
+    while (chunk > 1 && (batch * p->splits * fa_ceil_div(heads, chunk) < TASKS_A_THREAD * (int64_t)num_threads ||
+                         fa_rows_scratch_of(a, t, chunk).bytes > BYTES_MAX))
+        chunk = (chunk + 1) / 2;
+    p->panels = heads;
+    p->chunk_panels = chunk;
+    p->tasks = batch * fa_ceil_div(heads, chunk) * p->splits;
+    p->thread_bytes = fa_rows_scratch_of(a, t, chunk).bytes;
+}
+
 void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, fa_plan *p)
 {
     *p = (fa_plan){.kernel = t->name, .kind = t->kind, .block_rows = t->panel_rows, .block_keys = t->key_block,
                    .chunk_panels = 1, .splits = 1, .split_keys = a->k.size[2]};
-    int64_t sequences = a->q.size[0] * a->k.size[1], rows = a->q.size[0] * a->q.size[1] * a->q.size[2];
+    int64_t rows = a->q.size[0] * a->q.size[1] * a->q.size[2];
     p->flops = 2 * visible_scores(a) * (double)(a->q.size[3] + a->v.size[3]);
     p->bytes = bytes_of(&a->q) + bytes_of(&a->k) + bytes_of(&a->v) + bytes_of(&a->mask) + bytes_of(&a->out) +
                bytes_of(&a->lse);
@@ -87,10 +113,7 @@ void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, f
         p->thread_bytes = 16384;
         break;
     case FA_KERNEL_ROWS:
-        p->panels = 1;
-        p->split_keys = fa_split_keys(a, sequences, t->key_block, &p->splits);
-        p->tasks = sequences * p->splits;
-        p->thread_bytes = fa_rows_scratch_of(a, t).bytes;
+        plan_rows(a, t, num_threads, p);
         break;
     case FA_KERNEL_PANEL:
         plan_panels(a, t, num_threads, p);

@@ -17,6 +17,7 @@ typedef struct fa_target {
 enum {
     FA_KEY_BLOCK = 96,       /* scores of a panel stay in the first-level cache; a multiple of the 6-row tile */
     FA_ROWS_KEY_BLOCK = 64,
+    FA_ROWS_BYTES = 2048,    /* room for that kernel's record of a kv head */
     FA_ROWS_MAX = 32,        /* query rows of one kv head the rows kernel takes */
     FA_THREAD_BYTES_MAX = 2 << 20,
     FA_SCALAR_BLOCK = 64,
@@ -74,11 +75,12 @@ typedef struct fa_fwd_scratch {
 fa_fwd_scratch fa_fwd_scratch_of(const fa_args *a, const fa_target *t, int64_t chunk_panels);
 
 typedef struct fa_rows_scratch {
-    size_t q, scores, out, max, sum;
+    size_t info, q, out, max, sum; /* of each kv head of a task */
+    size_t scores;
     size_t bytes;
 } fa_rows_scratch;
 
-fa_rows_scratch fa_rows_scratch_of(const fa_args *a, const fa_target *t);
+fa_rows_scratch fa_rows_scratch_of(const fa_args *a, const fa_target *t, int64_t heads);
 
 typedef struct fa_bwd_scratch {
     size_t info, q_t, q_n, do_t, do_n, lse2, delta;      /* the panel */
@@ -105,8 +107,9 @@ fa_bwd_shared fa_bwd_shared_of(const fa_args *a, const fa_target *t);
 /* ---- plans ------------------------------------------------------------------------------------------------------ */
 
 /* How many parts the keys are cut into so that a few rows against many keys still fill a machine; from the shape alone,
- * so that results do not depend on the number of threads (split_kv.c). units: tasks without a split. */
-int64_t fa_split_keys(const fa_args *a, int64_t units, int64_t key_block, int64_t *splits);
+ * so that results do not depend on the number of threads (split_kv.c). units: tasks without a split; least: keys of a
+ * part. */
+int64_t fa_split_keys(const fa_args *a, int64_t units, int64_t least, int64_t key_block, int64_t *splits);
 
 /* Partial result of one query row over one part of the keys: maximum, sum, then DV weighted values (fp32). */
 static inline int64_t fa_partial_floats(int64_t dv) { return 2 + dv; }

@@ -69,17 +69,18 @@ fa_fwd_scratch fa_fwd_scratch_of(const fa_args *a, const fa_target *t, int64_t c
     return s;
 }
 
-fa_rows_scratch fa_rows_scratch_of(const fa_args *a, const fa_target *t)
+fa_rows_scratch fa_rows_scratch_of(const fa_args *a, const fa_target *t, int64_t heads)
 {
-    int64_t rows = FA_ROWS_MAX;
+    int64_t rows = fa_group(a) * a->q.size[2];
     int pair = 2 * t->lanes; /* bf16 comes in pairs of vectors */
     int64_t d_pad = fa_padded(a->q.size[3], pair), dv_pad = fa_padded(a->v.size[3], pair);
     fa_rows_scratch s = {0};
-    s.q = take(&s.bytes, rows * d_pad * 4);
+    s.info = take(&s.bytes, heads * FA_ROWS_BYTES);
+    s.q = take(&s.bytes, heads * rows * d_pad * 4);
+    s.out = take(&s.bytes, heads * rows * dv_pad * 4);
+    s.max = take(&s.bytes, heads * rows * 4);
+    s.sum = take(&s.bytes, heads * rows * 4);
     s.scores = take(&s.bytes, rows * t->key_block * 4);
-    s.out = take(&s.bytes, rows * dv_pad * 4);
-    s.max = take(&s.bytes, rows * 4);
-    s.sum = take(&s.bytes, rows * 4);
     return s;
 }
 
