@@ -27,9 +27,7 @@
 #define GROUP VL     /* keys that all rows take before the next ones */
 #define COLS 8       /* most vectors of columns of a tile */
 #define FETCH_KEYS 2 /* keys of a tile of values between two steps of fetch */
-#ifndef FAR_BYTES
-#define FAR_BYTES (256 << 10) /* half of a second-level cache */
-#endif
+#define FAR_BYTES (128 << 10) /* of K and V fetched as one block of all heads: a quarter of a second-level cache */
 
 /* Keys of a tile of scores and vectors of a tile of outputs, by its rows: as many sums as registers can hold. */
 #ifdef FA_ISA_AVX512
@@ -195,26 +193,39 @@ static void scales_of(key_block *to, const rows *w, const key_places *at, fa_dty
     }
 }
 
-/* What to fetch while head `turn` of `heads` is worked on: its share of the next keys' rows, all heads of a token in a
- * row, as they lie in memory. */
-static void point_ahead(key_block *to, const rows *first, int heads, int turn, const key_places *next)
+/* ---- fetching ahead ---------------------------------------------------------------------------------------------- */
+
+/* Rows at base + at[key] + inside, where inside grows by step up to span, and then the next key begins. */
+typedef struct row_walk {
+    const char *base;
+    const int64_t *at;
+    int64_t inside, step, span;
+} row_walk;
+
+/* What is fetched while a block of one head is worked on. */
+typedef struct key_walk {
+    int n; /* rows of each */
+    row_walk k, v;
+} key_walk;
+
+/* Head hk's rows of these keys. */
+static row_walk walk_of_head(const fa_tensor *t, int64_t hk, const int64_t *at)
 {
-    const fa_args *a = first->a;
-    const int64_t size = size_of(a->k.dtype), k_step = a->k.stride[1] * size, v_step = a->v.stride[1] * size;
-    const char *k = (const char *)a->k.data + first->hk * k_step, *v = (const char *)a->v.data + first->hk * v_step;
-    int key = turn * next->n / heads, head = turn * next->n % heads;
-    to->n = next->n;
-    for (int i = 0; i < next->n; i++) {
-        to->k[i] = k + next->k[key] + head * k_step;
-        to->v[i] = v + next->v[key] + head * v_step;
-        if (++head == heads)
-            head = 0, key++;
-    }
+    const int64_t step = t->stride[1] * size_of(t->dtype);
+    return (row_walk){.base = (const char *)t->data + hk * step, .at = at, .step = 1, .span = 1}; /* one row a key */
 }
 
-/* The next block's rows, fetched while this one is worked on: evenly, as a core has room for about 20 misses. */
+/* Of the rows of `heads` heads from hk on, all heads of a key in a row, as they lie in memory: from row `first` on. */
+static row_walk walk_of_heads(const fa_tensor *t, int64_t hk, int heads, const int64_t *at, int first)
+{
+    const int64_t step = t->stride[1] * size_of(t->dtype);
+    return (row_walk){.base = (const char *)t->data + hk * step, .at = at + first / heads,
+                      .inside = first % heads * step, .step = step, .span = heads * step};
+}
+
+/* The rows, fetched evenly over the work, as a core has room for about 20 misses. */
 typedef struct ahead {
-    const char *const *next;
+    row_walk walk;
     int rows, steps; /* rows are due over this many steps */
     int due;         /* in rows * steps */
     int64_t bytes;   /* of a row */
@@ -222,9 +233,17 @@ typedef struct ahead {
 
 FA_INLINE void fetch(ahead *f)
 {
-    for (f->due += f->rows; f->due >= f->steps; f->due -= f->steps, f->next++)
+    for (f->due += f->rows; f->due >= f->steps; f->due -= f->steps) {
+        row_walk *w = &f->walk;
+        const char *row = w->base + *w->at + w->inside;
         for (int64_t i = 0; i < f->bytes; i += 64)
-            _mm_prefetch(*f->next + i, _MM_HINT_T0);
+            _mm_prefetch(row + i, _MM_HINT_T0);
+        w->inside += w->step;
+        if (w->inside == w->span) {
+            w->inside = 0;
+            w->at++;
+        }
+    }
 }
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
@@ -295,9 +314,9 @@ static inline int dot_tiles(int rows)
     return rows / ROWS * (GROUP / TILE_KEYS(ROWS)) + (rest ? GROUP / TILE_KEYS(rest) : 0);
 }
 
-FA_INLINE void dot_block(const rows *w, const key_block *now, const key_block *next, fa_dtype dtype)
+FA_INLINE void dot_block(const rows *w, const key_block *now, const key_walk *next, fa_dtype dtype)
 {
-    ahead f = {.next = next->k, .rows = next->n, .bytes = w->d * size_of(dtype),
+    ahead f = {.walk = next->k, .rows = next->n, .bytes = w->d * size_of(dtype),
                .steps = (now->n + GROUP - 1) / GROUP * dot_tiles(w->n)};
     for (int j = 0; j < now->n; j += GROUP)
         for (int r = 0; r < w->n; r += ROWS) {
@@ -414,7 +433,7 @@ FA_INLINE bool nonfinite_values(const rows *w, const key_block *now, fa_dtype dt
     return vm_any(v_ne(acc, acc));
 }
 
-FA_INLINE void value_block(const rows *w, const key_block *now, const key_block *next, bool hides,
+FA_INLINE void value_block(const rows *w, const key_block *now, const key_walk *next, bool hides,
                            const float *rescale, fa_dtype dtype)
 {
     if (hides && dtype != FA_I8 && nonfinite_values(w, now, dtype)) {
@@ -424,7 +443,7 @@ FA_INLINE void value_block(const rows *w, const key_block *now, const key_block 
     int tiles = 0;
     for (int r = 0; r < w->n; r += ROWS)
         tiles += value_tiles(w, w->n - r < ROWS ? w->n - r : ROWS, dtype);
-    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype),
+    ahead f = {.walk = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype),
                .steps = tiles * (now->n / FETCH_KEYS)};
     for (int r = 0; r < w->n; r += ROWS)
         switch (w->n - r) {
@@ -605,17 +624,31 @@ FA_INLINE void rows_end(const rows *w, float *partial, fa_dtype dtype)
 }
 
 /* The two products of a block are functions of their own: with all in one, the loops get fewer registers. */
-typedef void dot_fn(const rows *w, const key_block *now, const key_block *next);
-typedef void value_fn(const rows *w, const key_block *now, const key_block *next, bool hides, const float *rescale);
+typedef void dot_fn(const rows *w, const key_block *now, const key_walk *next);
+typedef void value_fn(const rows *w, const key_block *now, const key_walk *next, bool hides, const float *rescale);
 
-/* Is a block of all heads, K and V, small enough to be fetched while the block before it is worked on? */
-static inline bool fits_ahead(const rows *w, int heads)
+/* Can the next block of all heads be fetched in the order of memory while this one is worked on? It must fit. */
+static inline bool walks_heads(const rows *w, int heads)
 {
-    return w->block * heads * (w->d + w->dv) * size_of(w->a->k.dtype) <= FAR_BYTES;
+    return heads > 1 && w->a->k.stride[1] != 0 && w->a->v.stride[1] != 0 &&
+           w->block * heads * (w->d + w->dv) * size_of(w->a->k.dtype) <= FAR_BYTES;
+}
+
+/* What head h of the task's heads has to fetch: its share of the next block of all heads, or the rows that come next. */
+static key_walk walk_ahead(const rows *w, int h, int heads, bool in_order, const key_places *here,
+                           const key_places *there)
+{
+    const fa_args *a = w->a;
+    if (in_order)
+        return (key_walk){there->n, walk_of_heads(&a->k, w->hk, heads, there->k, h * there->n),
+                          walk_of_heads(&a->v, w->hk, heads, there->v, h * there->n)};
+    const key_places *next = h + 1 < heads ? here : there;
+    const int64_t hk = w->hk + (h + 1) % heads;
+    return (key_walk){next->n, walk_of_head(&a->k, hk, next->k), walk_of_head(&a->v, hk, next->v)};
 }
 
 /* One head's turn with one block. */
-FA_INLINE void head_step(const rows *w, const key_block *now, const key_block *next, fa_dtype dtype, dot_fn *dots,
+FA_INLINE void head_step(const rows *w, const key_block *now, const key_walk *next, fa_dtype dtype, dot_fn *dots,
                          value_fn *values)
 {
     float rescale[FA_ROWS_MAX];
@@ -644,18 +677,15 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
             keys.hi = fa_max64(keys.hi, w->keys[r].hi);
         }
     key_places places[2];
-    key_block now, next;
-    const bool far = heads > 1 && fits_ahead(w, heads);
+    key_block now;
+    const bool in_order = walks_heads(w, heads);
     find_places(&places[0], w, keys.lo, keys.hi);
     for (int64_t i = 0; keys.lo + i * w->block < keys.hi; i++) {
         const key_places *here = &places[i % 2], *there = &places[(i + 1) % 2];
         find_places(&places[(i + 1) % 2], w, here->first + w->block, keys.hi);
         for (int h = 0; h < heads; h++) {
+            const key_walk next = walk_ahead(w, h, heads, in_order, here, there);
             point_at(&now, &w[h], here);
-            if (far)
-                point_ahead(&next, w, heads, h, there);
-            else
-                point_at(&next, &w[(h + 1) % heads], h + 1 < heads ? here : there);
             if (quantised(dtype))
                 scales_of(&now, &w[h], here, dtype);
             head_step(&w[h], &now, &next, dtype, dots, values);
@@ -668,11 +698,11 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
 }
 
 #define DECODE(name, dtype)                                                                                            \
-    static __attribute__((noinline)) void dots_##name(const rows *w, const key_block *now, const key_block *next)      \
+    static __attribute__((noinline)) void dots_##name(const rows *w, const key_block *now, const key_walk *next)       \
     {                                                                                                                  \
         dot_block(w, now, next, dtype);                                                                                \
     }                                                                                                                  \
-    static __attribute__((noinline)) void values_##name(const rows *w, const key_block *now, const key_block *next,    \
+    static __attribute__((noinline)) void values_##name(const rows *w, const key_block *now, const key_walk *next,     \
                                                         bool hides, const float *rescale)                              \
     {                                                                                                                  \
         value_block(w, now, next, hides, rescale, dtype);                                                              \
