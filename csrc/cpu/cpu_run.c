@@ -74,12 +74,13 @@ static const fa_args *part_args(const fa_args *a, int64_t n, fa_args *storage)
     return storage;
 }
 
-static fa_part part_plan(const fa_args *a, const fa_cpu_ops *ops, bool forward, int num_threads)
+/* share: threads that the part can count on for itself; a kernel that gains by large tasks cuts them by that. */
+static fa_part part_plan(const fa_args *a, const fa_cpu_ops *ops, bool forward, int num_threads, int share)
 {
     fa_part p = {.shared = 0};
     if (forward) {
         p.target = forward_target(a, ops, &p.run);
-        fa_plan_forward_on(a, &p.target, num_threads, &p.plan);
+        fa_plan_forward_on(a, &p.target, p.target.kind == FA_KERNEL_ROWS ? share : num_threads, &p.plan);
     } else {
         p.target = backward_target(a, ops, &p.run);
         fa_plan_backward_on(a, &p.target, num_threads, &p.plan);
@@ -95,7 +96,7 @@ static void plan_parts(const fa_args *a, bool forward, int num_threads, fa_plan 
     fa_cpu_ops_init(&ops, fa_cpu_enabled());
     int64_t n = parts_of(a);
     if (!a->by_sequence) {
-        fa_part whole = part_plan(a, &ops, forward, num_threads);
+        fa_part whole = part_plan(a, &ops, forward, num_threads, num_threads);
         *plan = whole.plan;
         if (parts)
             parts[0] = whole;
@@ -103,10 +104,10 @@ static void plan_parts(const fa_args *a, bool forward, int num_threads, fa_plan 
     }
     *plan = (fa_plan){.kernel = "none", .splits = 1, .why = "no sequences", .why_splits = "no sequences",
                       .shared_bytes = (size_t)fa_round_up(n * (int64_t)sizeof(fa_part), 64)};
-    const int share = (int)fa_max64(1, num_threads / fa_max64(1, n)); /* threads that a part can count on */
+    const int share = (int)fa_max64(1, num_threads / fa_max64(1, n));
     double most = -1;
     for (int64_t i = 0; i < n; i++) {
-        fa_part part = part_plan(part_args(a, i, &storage), &ops, forward, share);
+        fa_part part = part_plan(part_args(a, i, &storage), &ops, forward, num_threads, share);
         part.shared = plan->shared_bytes;
         if (part.plan.flops + part.plan.bytes > most) { /* the report shows the largest */
             fa_plan sums = *plan;
