@@ -1,0 +1,132 @@
+/* The one place that plans and runs a call on a GPU: chooses the family of kernels and starts the passes. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda.h"
+
+/* ---- the families, best first --------------------------------------------------------------------------------------- */
+
+static const fa_cuda_family *const FORWARD[] = {&fa_fwd_sm80, &fa_fwd_plain};
+static const fa_cuda_family *const BACKWARD[] = {&fa_bwd_sm80, &fa_bwd_plain};
+enum { FAMILIES = sizeof FORWARD / sizeof FORWARD[0] };
+
+/* The environment variable FLASHATTN_EXT_CUDA_ARCH names the first family that may be used. */
+static int first_family(const fa_cuda_family *const *families)
+{
+    const char *asked = getenv("FLASHATTN_EXT_CUDA_ARCH");
+    for (int i = 0; asked && i < FAMILIES; i++)
+        if (!strcmp(families[i]->target, asked))
+            return i;
+    return 0;
+}
+
+static const fa_cuda_family *family_of(const fa_args *a, bool backward)
+{
+    const fa_cuda_family *const *families = backward ? BACKWARD : FORWARD;
+    for (int i = first_family(families); i < FAMILIES - 1; i++)
+        if (families[i]->can(a, a->device))
+            return families[i];
+    return families[FAMILIES - 1];
+}
+
+/* ---- devices and errors --------------------------------------------------------------------------------------------- */
+
+int fa_cuda_devices(void)
+{
+    int n = 0;
+    return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0; /* also without a driver */
+}
+
+size_t fa_cuda_shared_limit(int device)
+{
+    int bytes = 0;
+    return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? (size_t)bytes
+                                                                                                        : 48 << 10;
+}
+
+fa_status fa_cuda_status(cudaError_t error, const char *what, fa_error *err)
+{
+    if (error == cudaSuccess)
+        return FA_OK;
+    snprintf(err->text, sizeof err->text, "%s: %s", what, cudaGetErrorString(error));
+    return FA_ERR_UNSUPPORTED;
+}
+
+/* ---- plans ---------------------------------------------------------------------------------------------------------- */
+
+static void plan(const fa_args *a, bool backward, fa_plan *p)
+{
+    memset(p, 0, sizeof *p);
+    p->kind = FA_KERNEL_CUDA;
+    p->chunk_panels = 1;
+    family_of(a, backward)->plan(a, a->device, p);
+    p->workspace = p->shared_bytes;
+    fa_plan_work(a, backward, p);
+}
+
+void fa_cuda_plan_forward(const fa_args *a, fa_plan *p)
+{
+    plan(a, false, p);
+}
+
+void fa_cuda_plan_backward(const fa_args *a, fa_plan *p)
+{
+    plan(a, true, p);
+}
+
+/* ---- runs ----------------------------------------------------------------------------------------------------------- */
+
+static fa_status check_workspace(const fa_plan *p, const fa_exec *exec, fa_error *err)
+{
+    if (p->workspace == 0 || (exec->workspace && exec->workspace_size >= p->workspace))
+        return FA_OK;
+    snprintf(err->text, sizeof err->text, "workspace of %zu bytes; the plan needs %zu",
+             exec->workspace ? exec->workspace_size : (size_t)0, p->workspace);
+    return FA_ERR_WORKSPACE;
+}
+
+static fa_status launch_forward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
+{
+    return family_of(a, false)->launch(a, p, exec->workspace, (cudaStream_t)exec->stream, err);
+}
+
+static fa_status launch_backward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
+{
+    cudaStream_t stream = (cudaStream_t)exec->stream;
+    fa_status status = fa_bwd_rows_launch(a, exec->workspace, stream, err);
+    if (!status)
+        status = family_of(a, true)->launch(a, p, exec->workspace, stream, err);
+    if (!status && a->dsinks.data)
+        status = fa_dsinks_launch(a, exec->workspace, stream, err);
+    return status;
+}
+
+/* Starts the passes on the device of the tensors, and leaves the thread's device as it was. */
+static fa_status run(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err,
+                     fa_status (*launch)(const fa_args *, const fa_plan *, const fa_exec *, fa_error *))
+{
+    int before = a->device;
+    fa_status status = check_workspace(p, exec, err);
+    if (!status)
+        status = fa_cuda_status(cudaGetDevice(&before), "cudaGetDevice", err);
+    if (status)
+        return status;
+    if (before != a->device)
+        status = fa_cuda_status(cudaSetDevice(a->device), "cudaSetDevice", err);
+    if (!status)
+        status = launch(a, p, exec, err);
+    if (before != a->device)
+        cudaSetDevice(before);
+    return status;
+}
+
+fa_status fa_cuda_run_forward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
+{
+    return run(a, p, exec, err, launch_forward);
+}
+
+fa_status fa_cuda_run_backward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
+{
+    return run(a, p, exec, err, launch_backward);
+}
