@@ -92,7 +92,7 @@ def extensions():
     }
     exports = ROOT / "csrc" / "torch" / "exports.map"
     ops = Extension(
-        OPS, ["csrc/torch/torch_ops.cpp"],
+        OPS, [f"csrc/torch/torch_{part}.cpp" for part in ("ops", "varlen", "cache")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_objects=[str(CORE / "libfa.a")],
         library_dirs=cpp_extension.library_paths(),

@@ -109,7 +109,7 @@ typedef struct fa_args {
     int64_t splits_wanted; /* parts to cut the keys into, at most 1 a block; 0 = the planner's choice; forward only */
     int64_t mask_first;    /* key of the mask's first column, which hides nothing before it; the mask then has that many
                               columns less than SK. Set by fa_sequence for tree_mask, else 0 */
-    int64_t first_batch;   /* what dropout calls the first of the batch; set by fa_sequence, else 0 */
+    int64_t first_batch;   /* what dropout calls the first of the batch */
 
     bool device_memory; /* the data of all tensors is memory of the CUDA device `device`: for fa_cuda_*, and then no */
     int device;         /* value, of a length or an offset either, is read or checked on the host */

@@ -1,7 +1,7 @@
-"""Gradients of attention: thin autograd Functions over the ops `forward` and `backward`.
+"""Gradients: thin autograd Functions over the ops `forward` and `backward`, and their packed counterparts.
 
-A call that no transform differentiates goes to the op itself; `attention` decides. backward is an op called through a
-Function of its own, so that differentiating twice is an error and never a silent zero.
+A call that no transform differentiates goes to the op itself; `attention` and `packed` decide. backward is an op called
+through a Function of its own, so that differentiating twice is an error and never a silent zero.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from . import batching, graph, ops
 
 _forward, _backward = ops.forward, ops.backward
+_varlen_forward, _varlen_backward = ops.varlen_forward, ops.varlen_backward
 _transforms_active = torch._C._are_functorch_transforms_active
 
 _WAY_OUT = ("flashattn_ext.reference.attention differentiates any number of times and in both modes, and so does "
@@ -25,12 +26,26 @@ def attention(*args):
     """
     if _transforms_active():
         return Attention.apply(*args)
-    if _is_differentiated(args[:6]):
+    if is_differentiated(args[:6]):
         return _apply(Attention, args)
     return _forward(*args)
 
 
-def _is_differentiated(tensors):
+@graph.whole
+def packed(*args):
+    """The op `varlen_forward` with gradients: (out, lse) of its 18 arguments, in the order of the schema.
+
+    out (T, HQ, DV) and lse (HQ, T) are both differentiable with respect to query, key, value and sinks.
+    """
+    if not _transforms_active() and not is_differentiated((*args[:3], *args[7:9])):
+        return _varlen_forward(*args)
+    if args[5] is not None or args[6] is not None:
+        given = "block_table" if args[5] is None or args[6] is not None else "seqused_k"
+        raise RuntimeError(f"{given} is inference-only, but an input requires grad: call under torch.no_grad()")
+    return PackedAttention.apply(*args) if _transforms_active() else _apply(PackedAttention, args)
+
+
+def is_differentiated(tensors):
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
@@ -72,7 +87,7 @@ class Attention(torch.autograd.Function):
         args = (grad_out, grad_lse, query, key, value, out, lse, *others, *ctx.options, needs)
         if _transforms_active():
             grads = Backward.apply(*args)
-        elif _is_differentiated(args[:13]):
+        elif is_differentiated(args[:13]):
             grads = _apply(Backward, args)
         else:
             grads = _backward(*args)
@@ -105,6 +120,76 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return batching.fold_backward(Backward.apply, info, in_dims, *args)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(f"the fused attention can be differentiated once, not twice; {_WAY_OUT}")
+
+
+class PackedAttention(torch.autograd.Function):
+    """The op `varlen_forward` without seqused_k and block_table; its gradient is the op `varlen_backward`."""
+
+    @staticmethod
+    def forward(*args):
+        return _varlen_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5], *inputs[7:10])
+        ctx.options = inputs[10:17]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        if grad_out is None and grad_lse is None:
+            return (None,) * 18
+        if ctx.needs_input_grad[8]:
+            raise RuntimeError("alibi_slopes has no gradient, but requires_grad is True; pass alibi_slopes.detach()")
+        places = (0, 1, 2, 7)
+        needs = sum(1 << bit for bit, place in enumerate(places) if ctx.needs_input_grad[place])
+        query, key, value, out, lse, *others = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
+        args = (grad_out, grad_lse, query, key, value, out, lse, *others, *ctx.options, needs)
+        if _transforms_active():
+            found = PackedBackward.apply(*args)
+        elif is_differentiated(args[:10]):
+            found = _apply(PackedBackward, args)
+        else:
+            found = _varlen_backward(*args)
+        grads = [None] * 18
+        for place, grad in zip(places, found):
+            if ctx.needs_input_grad[place]:
+                grads[place] = grad
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError("varlen_attn has no rule for vmap: pack the mapped sequences behind one another instead")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(f"the fused attention has no forward-mode derivative (jvp); {_WAY_OUT}")
+
+
+class PackedBackward(torch.autograd.Function):
+    """The op `varlen_backward` as a step of autograd that has no derivative of its own."""
+
+    @staticmethod
+    def forward(*args):
+        return _varlen_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"the fused attention can be differentiated once, not twice; {_WAY_OUT}")
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError("varlen_attn has no rule for vmap: pack the mapped sequences behind one another instead")
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -8,8 +8,7 @@ def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seq
             window_left, window_right, bottom_right, dropout_p):
     _require_one_device(query, key, value, attn_mask, sinks, alibi_slopes)
     out = _empty((*query.shape[:3], value.shape[3]), query)
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(query.shape[:3], dtype=lse_dtype)
+    return out, _new_lse(query, query.shape[:3])
 
 
 @torch.library.register_fake("flashattn_ext::forward_plain")
@@ -27,6 +26,67 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, 
         return _empty(x.shape, x) if x is not sinks else x.new_empty(x.shape)
 
     return tuple(gradient(place, x) for place, x in enumerate((query, key, value, attn_mask, sinks)))
+
+
+@torch.library.register_fake("flashattn_ext::varlen_forward")
+def varlen_forward(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, sinks, alibi_slopes, dropout_seed,
+                   max_q, max_k, scale, softcap, window_left, window_right, dropout_p, num_splits):
+    _require_one_device(query, key, value)
+    tokens, heads = query.shape[:2]
+    return query.new_empty((tokens, heads, value.shape[-1])), _new_lse(query, (heads, tokens))
+
+
+@torch.library.register_fake("flashattn_ext::varlen_backward")
+def varlen_backward(grad_out, grad_lse, query, key, value, out, lse, cu_seq_q, cu_seq_k, sinks, alibi_slopes,
+                    dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, needs):
+    def gradient(place, x):
+        if not needs >> place & 1:
+            return query.new_empty(0, dtype=query.dtype if x is None else x.dtype)
+        return x.new_empty(x.shape)
+
+    return tuple(gradient(place, x) for place, x in enumerate((query, key, value, sinks)))
+
+
+@torch.library.register_fake("flashattn_ext::decode")
+def decode(query, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, tree_mask, sinks, alibi_slopes, scale,
+           softcap, window_left, window_right, num_splits):
+    return _decoded(query, v_cache), _new_lse(query, _rows_of_heads(query))
+
+
+@torch.library.register_fake("flashattn_ext::decode_plain")
+def decode_plain(query, k_cache, v_cache, cache_seqlens, block_table, scale, causal):
+    return _decoded(query, v_cache)
+
+
+@torch.library.register_fake("flashattn_ext::decode_append_")
+def decode_append_(query, k_cache, v_cache, cache_seqlens, k_new, v_new, block_table, k_scale, v_scale, rope_cos,
+                   rope_sin, rope_interleaved, tree_mask, sinks, alibi_slopes, out, scale, softcap, window_left,
+                   window_right, num_splits):
+    result = _decoded(query, v_cache) if out is None else query.new_empty(0)
+    return result, _new_lse(query, _rows_of_heads(query))
+
+
+@torch.library.register_fake("flashattn_ext::cache_append_")
+def cache_append_(k_cache, v_cache, cache_seqlens, k_new, v_new, cu_seqlens, block_table, k_scale, v_scale):
+    pass
+
+
+@torch.library.register_fake("flashattn_ext::merge")
+def merge(out_a, lse_a, out_b, lse_b):
+    return _empty(out_a.shape, out_a), lse_a.new_empty(out_a.shape[:3])
+
+
+def _decoded(query, v_cache):
+    return query.new_empty((*query.shape[:3], v_cache.shape[3]))
+
+
+def _rows_of_heads(query):
+    batch, tokens, heads = query.shape[:3]
+    return batch, heads, tokens
+
+
+def _new_lse(query, shape):
+    return query.new_empty(shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
 
 
 def _require_one_device(query, key, value, *others):

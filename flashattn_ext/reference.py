@@ -8,22 +8,23 @@ import math
 
 import torch
 
-__all__ = ["attention"]
+__all__ = ["append", "attention", "decode_attention", "merge_attention", "varlen_attn"]
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False,
               window=None, softcap=0.0, sinks=None, alibi_slopes=None, q_seqlens=None, kv_seqlens=None,
-              return_lse=False, bottom_right=False, dropout_seed=None):
+              return_lse=False, bottom_right=False, dropout_seed=None, first_batch=0):
     """Attention with every option of `flashattn_ext.scaled_dot_product_attention`, computed in float64.
 
         S = softcap(scale * Q K^T) + bias + alibi,   O = dropout(softmax(S over the visible keys)) V
 
-    Arguments are those of `scaled_dot_product_attention`, with the same shapes and meaning, and two more:
+    Arguments are those of `scaled_dot_product_attention`, with the same shapes and meaning, and three more:
 
     bottom_right: align the diagonal of causal, window and ALiBi with the last query and the last key, as a lower-right
         `CausalBias` does (which also switches causal on).
     dropout_seed: int, or int64 tensor of one element. None draws it as the fused call does, so that both drop the same
         weights after the same `torch.manual_seed`.
+    first_batch: what dropout calls the first of the batch.
 
     Returns out (..., HQ, SQ, DV), and with return_lse also the log-sum-exp (..., HQ, SQ) in nats; both are float64,
     whatever the inputs. Gradients arrive in the dtypes of the inputs.
@@ -68,12 +69,192 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
     if dropout_p > 0.0:
         seed = _draw_seed() if dropout_seed is None else int(dropout_seed)
-        kept = dropout_keep(seed, dropout_p, math.prod(batch) * heads, queries, keys).to(q.device).view(weights.shape)
+        skipped = first_batch * heads
+        kept = dropout_keep(seed, dropout_p, skipped + math.prod(batch) * heads, queries, keys)[skipped:]
+        kept = kept.to(q.device).view(weights.shape)
         weights = torch.where(kept, weights / (1.0 - dropout_p), 0.0) if dropout_p < 1.0 else weights * 0.0
     out = _weighted_sum(weights, v, visible)
     if no_heads:
         out, lse = out.squeeze(-3), lse.squeeze(-2)
     return (out, lse) if return_lse else out
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q=None, max_k=None, *, return_aux=None, scale=None,
+                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, softcap=0.0,
+                sinks=None, alibi_slopes=None, dropout_p=0.0, dropout_seed=None):
+    """`flashattn_ext.varlen_attn` as a loop over its sequences; also with dropout, as the op has it.
+
+    max_q, max_k and num_splits change no result. Returns out (T, HQ, DV), and with return_aux.lse also the
+    log-sum-exp (HQ, T); both are float64. Differentiable.
+    """
+    starts = cu_seq_q.tolist()
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = _draw_seed()
+    outs, lses = [], []
+    for n, (first, last) in enumerate(zip(starts, starts[1:])):
+        k, v = _sequence_keys(n, key, value, cu_seq_k, seqused_k, block_table)
+        out, lse = attention(
+            query[first:last].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
+            dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, window=window_size, softcap=softcap,
+            sinks=_of_sequence(sinks, n), alibi_slopes=_of_sequence(alibi_slopes, n), bottom_right=True,
+            dropout_seed=dropout_seed, first_batch=n, return_lse=True)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    left, heads = query.shape[0] - starts[-1], query.shape[1]
+    outs.append(query.new_zeros((left, heads, value.shape[-1]), dtype=torch.float64))
+    lses.append(query.new_full((heads, left), -math.inf, dtype=torch.float64))
+    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    return (out, lse) if return_aux is not None and return_aux.lse else out
+
+
+def decode_attention(query, k_cache, v_cache, cache_seqlens, *, k_new=None, v_new=None, block_table=None, scale=None,
+                     causal=True, window=None, softcap=0.0, sinks=None, alibi_slopes=None, rope_cos=None, rope_sin=None,
+                     rope_interleaved=False, k_scale=None, v_scale=None, tree_mask=None, num_splits=None,
+                     batch_invariant=False, return_lse=False):
+    """`flashattn_ext.decode_attention` as a loop over its sequences, except that no cache is written: new keys and
+    values go into copies (`append`), rounded and quantised as the caches are; turned queries are not rounded.
+
+    num_splits and batch_invariant change no result. Returns out (B, SQ, HQ, DV), and with return_lse also the
+    log-sum-exp (B, HQ, SQ); both are float64.
+    """
+    lengths = cache_seqlens.tolist()
+    if k_new is not None:
+        k_cache, v_cache, k_scale, v_scale = append(
+            k_cache, v_cache, cache_seqlens, k_new, v_new, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+            rope_cos=rope_cos, rope_sin=rope_sin, rope_interleaved=rope_interleaved)
+        if rope_cos is not None:
+            query = torch.stack([_rotate(q.double(), rope_cos.double(), rope_sin.double(), first, rope_interleaved)
+                                 for q, first in zip(query, lengths)])
+        lengths = [length + k_new.shape[1] for length in lengths]
+    outs, lses, queries = [], [], query.shape[1]
+    for b, length in enumerate(lengths):
+        k = _cache_rows(b, k_cache, k_scale, block_table)[:length]
+        v = _cache_rows(b, v_cache, v_scale, block_table)[:length]
+        mask = None
+        if tree_mask is not None:
+            mask = torch.cat([tree_mask.new_ones(queries, length - queries), tree_mask[b]], dim=1)
+        right = 0 if causal and tree_mask is None else None if window is None else window[1]
+        out, lse = attention(
+            query[b].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask, scale=scale,
+            enable_gqa=True, window=(None if window is None else window[0], right), softcap=softcap,
+            sinks=_of_sequence(sinks, b), alibi_slopes=_of_sequence(alibi_slopes, b), bottom_right=True,
+            return_lse=True)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    if not outs:
+        shape = (0, queries, query.shape[2], v_cache.shape[3])
+        out, lse = query.new_zeros(shape).double(), query.new_zeros((0, query.shape[2], queries)).double()
+    else:
+        out, lse = torch.stack(outs), torch.stack(lses)
+    return (out, lse) if return_lse else out
+
+
+def append(k_cache, v_cache, cache_seqlens, k_new, v_new, *, block_table=None, k_scale=None, v_scale=None,
+           rope_cos=None, rope_sin=None, rope_interleaved=False):
+    """What appending k_new and v_new (B, S_new, HK, D or DV) makes of a cache: (k_cache, v_cache, k_scale, v_scale),
+    copies where anything was written.
+
+    Rotary embedding and quantisation are in float32 (float64 for float64 rows), each followed by one rounding:
+    stored = round(x / scale), saturated at -128 .. 127 or +-448. Scales per token are max|row| / 127 or / 448, 1 for a
+    row of zeros, and written.
+    """
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    k_scale, v_scale = (x if x is None or x.dim() < 3 else x.clone() for x in (k_scale, v_scale))
+    wide = torch.float64 if k_new.dtype == torch.float64 else torch.float32
+    for b, first in enumerate(cache_seqlens.tolist()):
+        turned = k_new[b].to(wide)
+        if rope_cos is not None:
+            turned = _rotate(turned, rope_cos.to(wide), rope_sin.to(wide), first, rope_interleaved)
+        for i in range(k_new.shape[1]):
+            place = _place(b, first + i, k_cache, block_table)
+            _write_row(k_cache, k_scale, place, b, turned[i])
+            _write_row(v_cache, v_scale, place, b, v_new[b, i].to(wide))
+    return k_cache, v_cache, k_scale, v_scale
+
+
+def merge_attention(out_a, lse_a, out_b, lse_b):
+    """`flashattn_ext.merge_attention` in float64: the mean of two outputs, weighted by exp(lse). Differentiable."""
+    out_a, lse_a, out_b, lse_b = (x.double() for x in (out_a, lse_a, out_b, lse_b))
+    has_a, has_b = lse_a > -math.inf, lse_b > -math.inf
+    lse = torch.logaddexp(torch.where(has_a, lse_a, 0.0), torch.where(has_b, lse_b, 0.0))
+    lse = torch.where(has_a & has_b, lse, torch.where(has_a, lse_a, lse_b))
+    safe = torch.where(has_a | has_b, lse, 0.0)
+    weight_a, weight_b = (torch.where(has, torch.exp(torch.where(has, x - safe, 0.0)), 0.0)
+                          for has, x in ((has_a, lse_a), (has_b, lse_b)))
+    out = (weight_a[..., None] * torch.where(has_a[..., None], out_a, 0.0)
+           + weight_b[..., None] * torch.where(has_b[..., None], out_b, 0.0))
+    return out, lse
+
+
+def _rotate(x, cos, sin, first, interleaved):
+    """x (S, H, D) with the first R of D turned (Su et al., "RoFormer", 2021), row i as position first + i says.
+
+    cos, sin (positions, R / 2). Pairs are (i, i + R / 2), or (2i, 2i + 1) where interleaved."""
+    half = cos.shape[1]
+    c, s = (table[first:first + x.shape[0], None, :] for table in (cos, sin))
+    turned, rest = x[..., :2 * half], x[..., 2 * half:]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    a, b = a * c - b * s, a * s + b * c
+    turned = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def _of_sequence(x, n):
+    """Sinks or slopes of sequence n: (HQ,) of (HQ,) or (N, HQ)."""
+    return x if x is None or x.dim() == 1 else x[n]
+
+
+def _sequence_keys(n, key, value, cu_seq_k, seqused_k, block_table):
+    """The keys and values (length, HK, D) of sequence n."""
+    if block_table is not None:
+        used = cu_seq_k[n + 1] - cu_seq_k[n] if seqused_k is None else seqused_k[n]
+        return tuple(_cache_rows(n, x, None, block_table)[:int(used)] for x in (key, value))
+    first, last = int(cu_seq_k[n]), int(cu_seq_k[n + 1])
+    last = last if seqused_k is None else first + int(seqused_k[n])
+    return key[first:last], value[first:last]
+
+
+def _cache_rows(b, cache, scale, block_table):
+    """All rows (capacity, HK, D) of sequence b, in float64; of pages those whose number is valid."""
+    if block_table is None:
+        rows = cache[b].double()
+    else:
+        pages = [page if 0 <= page < cache.shape[0] else 0 for page in block_table[b].tolist()]
+        rows = cache[pages].double().flatten(0, 1)
+    if scale is None:
+        return rows
+    if scale.dim() < 3:
+        return rows * _head_scale(scale, b).double()
+    return rows * (scale[b] if block_table is None else scale[pages].flatten(0, 1)).double()[..., None]
+
+
+def _head_scale(scale, b):
+    """() or (HK, 1) of scales that are (), (HK,) or (B, HK)."""
+    return scale if scale.dim() == 0 else scale[b if scale.shape[0] > 1 else 0, :, None] if scale.dim() == 2 else (
+        scale[:, None])
+
+
+def _place(b, row, cache, block_table):
+    if block_table is None:
+        return b, row
+    return int(block_table[b, row // cache.shape[1]]), row % cache.shape[1]
+
+
+def _write_row(cache, scale, place, b, row):
+    if scale is None:
+        cache[place] = row.to(cache.dtype)
+        return
+    row, largest = row.float(), 127.0 if cache.dtype == torch.int8 else 448.0
+    if scale.dim() == 3:
+        by = row.abs().amax(-1).clamp(max=torch.finfo(torch.float32).max) / largest
+        scale[place] = torch.where(by > 0, by, 1.0)
+        by = scale[place][:, None]
+    else:
+        by = _head_scale(scale, b)
+    if cache.dtype == torch.int8:
+        cache[place] = (row / by).round().clamp(-128, 127).to(torch.int8)
+    else:
+        cache[place] = (row / by).clamp(-448, 448).to(cache.dtype)
 
 
 def _diagonal(attn_mask, is_causal, bottom_right):

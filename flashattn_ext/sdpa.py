@@ -127,9 +127,9 @@ def normalise(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     check_tensors(query, key, value)
     check_scalars(dropout_p, scale, softcap)
     attn_mask, is_causal, bottom_right = _diagonal(attn_mask, is_causal, query, key)
-    left, right = _window(window, is_causal)
+    left, right = window_sides(window, is_causal)
 
-    query, key, value, attn_mask, sinks, alibi_slopes = _autocast(
+    query, key, value, attn_mask, sinks, alibi_slopes = autocast(
         device_type or query.device.type, query, key, value, attn_mask, sinks, alibi_slopes)
     has_heads = max(query.dim(), key.dim(), value.dim()) > 2
     query, key, value = _with_heads(query), _with_heads(key), _with_heads(value)
@@ -142,11 +142,15 @@ def normalise(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     alibi_slopes = _per_head(alibi_slopes, "alibi_slopes", batch)
     q_seqlens = _lengths(q_seqlens, "q_seqlens", batch)
     kv_seqlens = _lengths(kv_seqlens, "kv_seqlens", batch)
-    # A tensor, not a number, so that a compiled graph draws anew in each run and checkpointing replays it.
-    seed = torch.randint(-2**63, 2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
+    seed = draw_seed() if dropout_p > 0 else None
     args = (query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, seed, scale, float(softcap), left,
             right, bottom_right, float(dropout_p))
     return args, batch, has_heads
+
+
+def draw_seed():
+    """A tensor, not a number, so that a compiled graph draws anew in each run and checkpointing replays it."""
+    return torch.randint(-2**63, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
 
 
 # ---- arguments that are no tensors ----------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def _diagonal(attn_mask, is_causal, query, key):
     return attn_mask, False, False
 
 
-def _window(window, is_causal):
+def window_sides(window, is_causal, name="window"):
     """(left, right) with -1 = unbounded; causal is a right side of 0."""
     left = right = -1
     if window is not None:
@@ -191,7 +195,7 @@ def _window(window, is_causal):
         except (TypeError, ValueError):
             left = None
         if not all(isinstance(side, (int, torch.SymInt)) and side >= -1 for side in (left, right)):
-            raise ValueError("window must be None or (left, right), each None or an integer of at least -1, "
+            raise ValueError(f"{name} must be None or (left, right), each None or an integer of at least -1, "
                              f"got {window}")
     return min(left, _FAR), 0 if is_causal else min(right, _FAR)
 
@@ -208,7 +212,7 @@ def check_tensors(query, key, value):
                            f"got {query.dim()}, {key.dim()} and {value.dim()}")
 
 
-def _autocast(device_type, query, key, value, attn_mask, sinks, alibi_slopes):
+def autocast(device_type, query, key, value, attn_mask, sinks, alibi_slopes):
     """The tensors in the dtypes that autocast gives them; it leaves float64 as it is."""
     if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return query, key, value, attn_mask, sinks, alibi_slopes

@@ -31,7 +31,7 @@ static inline fa_args fa_sequence(const fa_args *a, int64_t n)
 {
     fa_args s = *a;
     s.by_sequence = false;
-    s.first_batch = n;
+    s.first_batch = a->first_batch + n;
     fa_tensor *const rows[] = {&s.q, &s.out, &s.lse, &s.dout, &s.dlse, &s.dq}, *const keys[] = {&s.k, &s.v, &s.dk, &s.dv};
     fa_tensor *const others[] = {&s.mask, &s.sinks, &s.alibi, &s.q_seqlens, &s.kv_seqlens, &s.tree_mask};
     int64_t q_first = a->cu_q.data ? fa_index_at(&a->cu_q, n * a->cu_q.stride[0]) : 0;
@@ -82,17 +82,21 @@ static inline int64_t fa_key_row(const fa_args *a, const fa_tensor *t, int64_t b
     return at * (int64_t)fa_dtype_size(t->dtype);
 }
 
-/* what a stored element of row j of head h counts; 1 where nothing is quantised */
-static inline float fa_key_scale(const fa_args *a, const fa_tensor *scale, int64_t h, int64_t j)
+/* where the scale of row j of head h lies */
+static inline const float *fa_key_scale_at(const fa_args *a, const fa_tensor *scale, int64_t h, int64_t j)
 {
-    if (!scale->data)
-        return 1;
     int64_t at = scale->size[1] > 1 ? h * scale->stride[1] : 0;
     if (a->scale_per_token) {
         int64_t page = a->page_size ? fa_index_at(&a->block_table, j / a->page_size * a->block_table.stride[1]) : 0;
         at += page * scale->stride[0] + (a->page_size ? j % a->page_size : j) * scale->stride[2];
     }
-    return ((const float *)scale->data)[at];
+    return (const float *)scale->data + at;
+}
+
+/* what a stored element of row j of head h counts; 1 where nothing is quantised */
+static inline float fa_key_scale(const fa_args *a, const fa_tensor *scale, int64_t h, int64_t j)
+{
+    return scale->data ? *fa_key_scale_at(a, scale, h, j) : 1;
 }
 
 #endif

@@ -206,6 +206,7 @@ int main(int argc, char **argv)
         }
         ck_check_forward();
         ck_check_backward();
+        ck_check_sequences();
         if (all)
             check_coverage();
     }

@@ -1,0 +1,362 @@
+// What the files of ops share: torch tensors to fa_tensor and back, allocation, torch's thread pool.
+#ifndef FA_TORCH_ARGS_H
+#define FA_TORCH_ARGS_H
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "fa.h"
+
+namespace fa_torch {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+[[noreturn]] inline void refuse(const std::string &text)
+{
+    throw std::runtime_error(text);
+}
+
+inline void check(fa_status status, const fa_error &err)
+{
+    if (status != FA_OK)
+        refuse(err.text);
+}
+
+// ---- devices and dtypes ------------------------------------------------------------------------------------------
+
+inline const int32_t CPU = aoti_torch_device_type_cpu();
+
+inline int32_t device_type(const Tensor &t)
+{
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    return type;
+}
+
+inline std::string device_name(const Tensor &t)
+{
+    const std::pair<int32_t, const char *> names[] = {
+        {CPU, "cpu"},                            {aoti_torch_device_type_cuda(), "cuda"},
+        {aoti_torch_device_type_meta(), "meta"}, {aoti_torch_device_type_xpu(), "xpu"},
+        {aoti_torch_device_type_mps(), "mps"},   {aoti_torch_device_type_privateuse1(), "privateuseone"},
+    };
+    const int32_t type = device_type(t), index = t.get_device_index();
+    std::string name = "device type " + std::to_string(type);
+    for (const auto &[known, text] : names)
+        if (known == type)
+            name = text;
+    return index >= 0 ? name + ":" + std::to_string(index) : name;
+}
+
+constexpr int FOREIGN = -1; // a dtype of torch that fa.h has no name for
+
+struct Dtype {
+    int32_t torch;
+    int fa; // fa_dtype or FOREIGN
+    const char *name;
+};
+
+// torch does not promise the numbers of its dtypes, only these functions. Those of fa.h come first, in its order.
+inline const Dtype DTYPES[] = {
+    {aoti_torch_dtype_float32(), FA_F32, "float32"},
+    {aoti_torch_dtype_bfloat16(), FA_BF16, "bfloat16"},
+    {aoti_torch_dtype_float16(), FA_F16, "float16"},
+    {aoti_torch_dtype_float64(), FA_F64, "float64"},
+    {aoti_torch_dtype_bool(), FA_BOOL, "bool"},
+    {aoti_torch_dtype_int32(), FA_I32, "int32"},
+    {aoti_torch_dtype_int64(), FA_I64, "int64"},
+    {aoti_torch_dtype_int8(), FA_I8, "int8"},
+    {aoti_torch_dtype_float8_e4m3fn(), FA_F8E4M3, "float8_e4m3fn"},
+    {aoti_torch_dtype_int16(), FOREIGN, "int16"},
+    {aoti_torch_dtype_uint8(), FOREIGN, "uint8"},
+    {aoti_torch_dtype_uint16(), FOREIGN, "uint16"},
+    {aoti_torch_dtype_uint32(), FOREIGN, "uint32"},
+    {aoti_torch_dtype_uint64(), FOREIGN, "uint64"},
+    {aoti_torch_dtype_complex32(), FOREIGN, "complex32"},
+    {aoti_torch_dtype_complex64(), FOREIGN, "complex64"},
+    {aoti_torch_dtype_complex128(), FOREIGN, "complex128"},
+    {aoti_torch_dtype_float8_e4m3fnuz(), FOREIGN, "float8_e4m3fnuz"},
+    {aoti_torch_dtype_float8_e5m2(), FOREIGN, "float8_e5m2"},
+    {aoti_torch_dtype_float8_e5m2fnuz(), FOREIGN, "float8_e5m2fnuz"},
+};
+inline const Dtype UNKNOWN_DTYPE = {-1, FOREIGN, "another dtype"};
+
+inline const Dtype &dtype_of(const Tensor &t)
+{
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+    for (const Dtype &d : DTYPES)
+        if (d.torch == dtype)
+            return d;
+    return UNKNOWN_DTYPE;
+}
+
+// ---- tensors to fa_tensor ----------------------------------------------------------------------------------------
+
+// An empty tensor of torch has no address, and to fa.h no address means an absent tensor.
+alignas(8) inline char no_elements[8];
+
+// The dimensions of t go to the places `at` of the four of fa_tensor. `shape` words the refusal of any other number.
+inline fa_tensor view(const Tensor &t, const char *name, std::initializer_list<int> at, const char *shape)
+{
+    const auto sizes = t.sizes(), strides = t.strides();
+    if (sizes.size() != at.size())
+        refuse(std::string(name) + " must be " + shape + ", got " + std::to_string(sizes.size()) + " dimensions");
+    const Dtype &dtype = dtype_of(t);
+    if (dtype.fa == FOREIGN)
+        refuse(std::string(name) + " must be float32, bfloat16, float16, float64, bool, int32, int64, int8 or "
+               "float8_e4m3fn, got " + dtype.name);
+    // Unlike the mutable address, this one does not make torch carry out a lazy copy.
+    const void *data = t.const_data_ptr();
+    fa_tensor v = {.data = data ? const_cast<void *>(data) : no_elements,
+                   .size = {1, 1, 1, 1},
+                   .stride = {0, 0, 0, 0},
+                   .dtype = static_cast<fa_dtype>(dtype.fa)};
+    size_t i = 0;
+    for (int to : at) {
+        v.size[to] = sizes[i];
+        v.stride[to] = strides[i++];
+    }
+    return v;
+}
+
+inline fa_tensor full_view(const Tensor &t, const char *name, const char *shape)
+{
+    return view(t, name, {0, 1, 2, 3}, shape);
+}
+
+// Sizes of 1 stand for every index, so their stride is 0.
+inline fa_tensor broadcast(fa_tensor v)
+{
+    for (int i = 0; i < 4; i++)
+        if (v.size[i] == 1)
+            v.stride[i] = 0;
+    return v;
+}
+
+inline fa_tensor heads_view(const MaybeTensor &t, const char *name)
+{
+    if (!t)
+        return {};
+    const char *shape = "(HQ,) or (B, HQ)";
+    return broadcast(t->dim() == 1 ? view(*t, name, {1}, shape) : view(*t, name, {0, 1}, shape));
+}
+
+inline fa_tensor lengths_view(const MaybeTensor &t, const char *name)
+{
+    return t ? view(*t, name, {0}, "(B,)") : fa_tensor{};
+}
+
+// Rows of packed sequences (T, H, D): a batch of 1.
+inline fa_tensor packed_view(const Tensor &t, const char *name, const char *shape)
+{
+    return view(t, name, {2, 1, 3}, shape);
+}
+
+// Tokens before heads: (B, S, H, D), or pages of a cache.
+inline fa_tensor cache_view(const Tensor &t, const char *name, const char *shape)
+{
+    return view(t, name, {0, 2, 1, 3}, shape);
+}
+
+constexpr const char *CACHE_SHAPE = "4-D (B, S_max, HK, D), or (pages, page_size, HK, D) with block_table";
+
+inline fa_tensor table_view(const MaybeTensor &t)
+{
+    return t ? view(*t, "block_table", {0, 1}, "2-D (B, max_pages)") : fa_tensor{};
+}
+
+// Element i of lengths, offsets: (n, 1, 1, 1) of int32 or int64.
+inline int64_t index_at(const fa_tensor &t, int64_t i)
+{
+    const int64_t at = i * t.stride[0];
+    return t.dtype == FA_I64 ? static_cast<const int64_t *>(t.data)[at] : static_cast<const int32_t *>(t.data)[at];
+}
+
+inline int64_t bytes_of(const fa_tensor &t)
+{
+    return t.size[0] * t.size[1] * t.size[2] * t.size[3] * static_cast<int64_t>(fa_dtype_size(t.dtype));
+}
+
+inline void require_cpu(const Tensor &t, const char *name)
+{
+    if (device_type(t) != CPU)
+        refuse(std::string(name) + " is on " + device_name(t) +
+               ", but this build of flashattn_ext computes on the CPU only: every tensor must be on cpu");
+}
+
+inline void require_cpu(const MaybeTensor &t, const char *name)
+{
+    if (t)
+        require_cpu(*t, name);
+}
+
+inline uint64_t seed_of(const MaybeTensor &seed, double dropout_p)
+{
+    if (!seed) {
+        if (dropout_p > 0)
+            refuse("dropout_p is " + std::to_string(dropout_p) + ", so dropout_seed must be given, got None");
+        return 0;
+    }
+    if (dtype_of(*seed).fa != FA_I64 || seed->numel() != 1)
+        refuse("dropout_seed must be one int64, got " + std::to_string(seed->numel()) + " elements of " +
+               dtype_of(*seed).name);
+    return static_cast<uint64_t>(*static_cast<const int64_t *>(seed->const_data_ptr()));
+}
+
+inline double scale_of(std::optional<double> scale, int64_t head_dim)
+{
+    return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(head_dim, 1)));
+}
+
+// ---- results -----------------------------------------------------------------------------------------------------
+
+// Dense strides for `size`, with the dimensions in the order of like's strides: what torch.empty_like does. A stride of
+// 0 says nothing about the order, so such a dimension stays where it is, unless others move past it.
+inline void dense_strides(const fa_tensor &like, fa_tensor *t)
+{
+    int order[4] = {3, 2, 1, 0}; // innermost first
+    const auto inner_is_larger = [&](int inner, int outer) {
+        const int64_t si = like.stride[inner], so = like.stride[outer];
+        if (si == 0 || so == 0)
+            return 0;
+        if (si != so)
+            return si > so ? 1 : -1;
+        return like.size[inner] > like.size[outer] ? 1 : 0;
+    };
+    for (int i = 1; i < 4; i++)
+        for (int outer = i, inner = i - 1; inner >= 0; inner--) {
+            const int larger = inner_is_larger(order[inner], order[outer]);
+            if (larger < 0)
+                break;
+            if (larger > 0) {
+                std::swap(order[inner], order[outer]);
+                outer = inner;
+            }
+        }
+    int64_t step = 1;
+    for (int d : order) {
+        t->stride[d] = step;
+        step *= t->size[d] > 1 ? t->size[d] : 1;
+    }
+}
+
+// A result that fa_validate can look at before it has memory.
+inline fa_tensor planned(const int64_t (&size)[4], fa_dtype dtype, const fa_tensor &like)
+{
+    fa_tensor t = {.data = no_elements, .size = {size[0], size[1], size[2], size[3]}, .stride = {}, .dtype = dtype};
+    dense_strides(like, &t);
+    return t;
+}
+
+inline fa_tensor planned_like(const fa_tensor &like)
+{
+    return planned({like.size[0], like.size[1], like.size[2], like.size[3]}, like.dtype, like);
+}
+
+// Gives a planned result its memory; the tensor has `dim` of its dimensions, from `first` on.
+inline Tensor allocate(fa_tensor *t, int first = 0, int dim = 4)
+{
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, t->size + first, t->stride + first,
+                                                           DTYPES[t->dtype].torch, CPU, 0, &handle));
+    Tensor result(handle);
+    void *data = result.mutable_data_ptr();
+    t->data = data ? data : no_elements;
+    return result;
+}
+
+// Results with tokens before heads, as (B, S, H, D) in memory: size is that of fa_tensor, (B, H, S, D).
+inline fa_tensor planned_rows(const int64_t (&size)[4], fa_dtype dtype)
+{
+    const int64_t H = size[1], S = size[2], D = size[3];
+    return {.data = no_elements, .size = {size[0], H, S, D}, .stride = {S * H * D, D, H * D, 1}, .dtype = dtype};
+}
+
+// Gives it its memory; packed: without the batch of 1.
+inline Tensor allocate_rows(fa_tensor *t, bool packed)
+{
+    fa_tensor rows = *t;
+    std::swap(rows.size[1], rows.size[2]);
+    std::swap(rows.stride[1], rows.stride[2]);
+    Tensor result = packed ? allocate(&rows, 1, 3) : allocate(&rows);
+    t->data = rows.data;
+    return result;
+}
+
+// What stands for a gradient that is not needed.
+inline Tensor nothing(fa_dtype dtype)
+{
+    fa_tensor t = {.data = nullptr, .size = {0}, .stride = {1}, .dtype = dtype};
+    return allocate(&t, 0, 1);
+}
+
+inline fa_dtype lse_dtype(fa_dtype q)
+{
+    return q == FA_F64 ? FA_F64 : FA_F32;
+}
+
+// ---- running -----------------------------------------------------------------------------------------------------
+
+using Memory = std::unique_ptr<void, decltype(&std::free)>;
+
+// Not a tensor: malloc keeps the cost of a small call low, and hands the same warm pages to the next one.
+inline Memory host_memory(size_t bytes)
+{
+    Memory memory(std::malloc(std::max<size_t>(bytes, 1)), std::free);
+    if (!memory)
+        refuse("no memory for a workspace of " + std::to_string(bytes) + " bytes");
+    return memory;
+}
+
+// Memory for a log-sum-exp that nobody asked for.
+inline Memory scratch_lse(fa_tensor *lse)
+{
+    Memory memory = host_memory(static_cast<size_t>(bytes_of(*lse)));
+    lse->data = memory.get();
+    return memory;
+}
+
+// torch may hand several workers to one of its threads.
+inline void on_torch_threads(void *, int workers, void (*body)(void *ctx, int worker), void *ctx)
+{
+    torch::stable::parallel_for(0, workers, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t worker = begin; worker < end; worker++)
+            body(ctx, static_cast<int>(worker));
+    });
+}
+
+using PlanFn = void(const fa_args *, int, fa_plan *);
+using RunFn = fa_status(const fa_args *, const fa_plan *, const fa_exec *, fa_error *);
+
+inline void plan_and_run(const fa_args &a, PlanFn *make_plan, RunFn *run)
+{
+    fa_plan plan;
+    make_plan(&a, static_cast<int>(torch::stable::get_num_threads()), &plan);
+    const Memory workspace = host_memory(plan.workspace);
+    const fa_exec exec = {
+        .parallel = plan.threads > 1 ? on_torch_threads : nullptr,
+        .pool = nullptr,
+        .workspace = workspace.get(),
+        .workspace_size = plan.workspace,
+    };
+    fa_error err;
+    check(run(&a, &plan, &exec, &err), err);
+}
+
+} // namespace fa_torch
+
+#endif
