@@ -73,7 +73,19 @@ def devices():
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", devices(), scope="session")
+        metafunc.parametrize("device", devices(), indirect=True)
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The device of the test, on which all its tensors are made that it does not place itself. On a GPU lengths are
+    checked as they are on the CPU."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    monkeypatch.setenv("FLASHATTN_EXT_CHECK", "1")
+    with torch.device(request.param):
+        yield request.param
 
 
 @pytest.fixture

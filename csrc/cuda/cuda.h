@@ -15,6 +15,8 @@ extern "C" {
 /* What a family of kernels offers for one direction. All tensors of `a` are memory of the current device. */
 typedef struct fa_cuda_family {
     const char *target; /* "sm90", "sm80", "plain" */
+    int capability;     /* major compute capability that it needs */
+    bool (*kernel)(int i, fa_kernel_info *info); /* name and dtype of its i-th kernel; false behind the last */
     bool (*can)(const fa_args *a, int device);
     void (*plan)(const fa_args *a, int device, fa_plan *plan); /* kernel, tiles, splits, workspace */
     fa_status (*launch)(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream, fa_error *err);
@@ -31,6 +33,9 @@ fa_status fa_dsinks_launch(const fa_args *a, const void *workspace, cudaStream_t
 /* Parts of split keys, [splits][B HQ SQ][2 + DV] (maximum, sum, weighted values), to out and lse. */
 fa_status fa_combine_launch(const fa_args *a, const fa_plan *plan, const float *parts, cudaStream_t stream,
                             fa_error *err);
+
+fa_status fa_append_launch(const fa_append_args *a, cudaStream_t stream, fa_error *err);
+fa_status fa_merge_launch(const fa_merge_args *a, cudaStream_t stream, fa_error *err);
 
 /* FA_OK, or the text of the error. */
 fa_status fa_cuda_status(cudaError_t error, const char *what, fa_error *err);

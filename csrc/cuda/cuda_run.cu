@@ -86,47 +86,79 @@ static fa_status check_workspace(const fa_plan *p, const fa_exec *exec, fa_error
     return FA_ERR_WORKSPACE;
 }
 
-static fa_status launch_forward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
+/* Runs body on the device of the tensors, and leaves the thread's device as it was. */
+template <class Body> static fa_status on_device(int device, fa_error *err, const Body &body)
 {
-    return family_of(a, false)->launch(a, p, exec->workspace, (cudaStream_t)exec->stream, err);
-}
-
-static fa_status launch_backward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
-{
-    cudaStream_t stream = (cudaStream_t)exec->stream;
-    fa_status status = fa_bwd_rows_launch(a, exec->workspace, stream, err);
+    int before = device;
+    fa_status status = fa_cuda_status(cudaGetDevice(&before), "cudaGetDevice", err);
+    if (!status && before != device)
+        status = fa_cuda_status(cudaSetDevice(device), "cudaSetDevice", err);
     if (!status)
-        status = family_of(a, true)->launch(a, p, exec->workspace, stream, err);
-    if (!status && a->dsinks.data)
-        status = fa_dsinks_launch(a, exec->workspace, stream, err);
-    return status;
-}
-
-/* Starts the passes on the device of the tensors, and leaves the thread's device as it was. */
-static fa_status run(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err,
-                     fa_status (*launch)(const fa_args *, const fa_plan *, const fa_exec *, fa_error *))
-{
-    int before = a->device;
-    fa_status status = check_workspace(p, exec, err);
-    if (!status)
-        status = fa_cuda_status(cudaGetDevice(&before), "cudaGetDevice", err);
-    if (status)
-        return status;
-    if (before != a->device)
-        status = fa_cuda_status(cudaSetDevice(a->device), "cudaSetDevice", err);
-    if (!status)
-        status = launch(a, p, exec, err);
-    if (before != a->device)
+        status = body();
+    if (before != device)
         cudaSetDevice(before);
     return status;
 }
 
 fa_status fa_cuda_run_forward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
 {
-    return run(a, p, exec, err, launch_forward);
+    fa_status status = check_workspace(p, exec, err);
+    if (status)
+        return status;
+    return on_device(a->device, err, [&] {
+        return family_of(a, false)->launch(a, p, exec->workspace, (cudaStream_t)exec->stream, err);
+    });
 }
 
 fa_status fa_cuda_run_backward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
 {
-    return run(a, p, exec, err, launch_backward);
+    const cudaStream_t stream = (cudaStream_t)exec->stream;
+    fa_status status = check_workspace(p, exec, err);
+    if (status)
+        return status;
+    return on_device(a->device, err, [&] {
+        fa_status status = fa_bwd_rows_launch(a, exec->workspace, stream, err);
+        if (!status)
+            status = family_of(a, true)->launch(a, p, exec->workspace, stream, err);
+        if (!status && a->dsinks.data)
+            status = fa_dsinks_launch(a, exec->workspace, stream, err);
+        return status;
+    });
+}
+
+fa_status fa_cuda_run_append(const fa_append_args *a, const fa_exec *exec, fa_error *err)
+{
+    return on_device(a->device, err, [&] { return fa_append_launch(a, (cudaStream_t)exec->stream, err); });
+}
+
+fa_status fa_cuda_run_merge(const fa_merge_args *a, int device, const fa_exec *exec, fa_error *err)
+{
+    return on_device(device, err, [&] { return fa_merge_launch(a, (cudaStream_t)exec->stream, err); });
+}
+
+fa_status fa_cuda_read(void *to, const void *from, size_t bytes, fa_error *err)
+{
+    fa_status status = fa_cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize", err);
+    return status ? status : fa_cuda_status(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy", err);
+}
+
+/* ---- the list of kernels -------------------------------------------------------------------------------------------- */
+
+int fa_cuda_kernels(fa_kernel_info *list, int n)
+{
+    int count = 0, major = 0;
+    if (fa_cuda_devices() > 0)
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    for (int i = 0; i < 2 * FAMILIES; i++) {
+        const fa_cuda_family *f = (i % 2 ? BACKWARD : FORWARD)[i / 2];
+        fa_kernel_info info;
+        for (int k = 0; f->kernel(k, &info); k++, count++) {
+            info.target = f->target;
+            info.op = i % 2 ? "bwd" : "fwd";
+            info.usable = major >= f->capability;
+            if (count < n)
+                list[count] = info;
+        }
+    }
+    return count;
 }

@@ -33,8 +33,7 @@ constexpr fa_sm80_tile fa_fwd_tile(int dp, bool f32)
 
 constexpr fa_sm80_tile fa_bwd_tile(int dp, bool f32)
 {
-    return dp == 64    ? fa_sm80_tile{64, 4, f32 ? 32 : 64, 64}
-           : dp == 128 ? fa_sm80_tile{128, 4, 32, 128}
+    return dp <= 128   ? fa_sm80_tile{dp, 4, 32, dp}
            : dp == 256 ? fa_sm80_tile{256, f32 ? 2 : 4, f32 ? 16 : 32, 128}
                        : fa_sm80_tile{512, f32 ? 1 : 2, 16, 128};
 }
@@ -64,6 +63,12 @@ FA_SM80_DECLARE(fwd, f16)
 FA_SM80_DECLARE(bwd, f32)
 FA_SM80_DECLARE(bwd, bf16)
 FA_SM80_DECLARE(bwd, f16)
+
+/* Is there a second kernel for calls that need no more than ranges of keys? */
+constexpr bool fa_has_plain(int dp, size_t esize)
+{
+    return dp <= 128 && esize == 2;
+}
 
 /* place of a call's head dimensions among these: 64, 128, 256, 512 */
 static inline int fa_sm80_dim(const fa_args *a)

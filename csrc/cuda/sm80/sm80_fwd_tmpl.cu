@@ -15,9 +15,8 @@ static fa_status launch(const char *name, const fa_sm80_params &p, int64_t block
 fa_status FA_CAT(fwd, FA_TYPE, FA_DP)(const char *name, fa_sm80_pass, const fa_sm80_params &p, int64_t blocks,
                                       cudaStream_t stream, fa_error *err)
 {
-#if FA_DP <= 128 /* above, the plain calls are left to the kernel that can do all */
-    if (!fa_sm80_is_mod(&p.a))
-        return launch<false>(name, p, blocks, stream, err);
-#endif
+    if constexpr (fa_has_plain(FA_DP, sizeof(FA_T)))
+        if (!fa_sm80_is_mod(&p.a))
+            return launch<false>(name, p, blocks, stream, err);
     return launch<true>(name, p, blocks, stream, err);
 }

@@ -17,6 +17,15 @@ struct entry {
 static const entry FORWARD[3][4] = {ENTRIES(fwd, f32), ENTRIES(fwd, bf16), ENTRIES(fwd, f16)};
 static const entry BACKWARD[3][4] = {ENTRIES(bwd, f32), ENTRIES(bwd, bf16), ENTRIES(bwd, f16)};
 
+static bool kernel_of(const entry (&table)[3][4], int i, fa_kernel_info *info)
+{
+    if (i >= 12)
+        return false;
+    info->name = table[i / 4][i % 4].name;
+    info->dtype = (fa_dtype)(i / 4); /* f32, bf16, f16: the first of fa_dtype */
+    return true;
+}
+
 static fa_sm80_tile tile_of(const fa_args *a, bool backward)
 {
     int dp = DIMS[fa_sm80_dim(a)];
@@ -102,7 +111,12 @@ static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *wor
     return status;
 }
 
-extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", can_forward, plan_forward, launch_forward};
+static bool forward_kernel(int i, fa_kernel_info *info)
+{
+    return kernel_of(FORWARD, i, info);
+}
+
+extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", 8, forward_kernel, can_forward, plan_forward, launch_forward};
 
 /* ---- backward ------------------------------------------------------------------------------------------------------ */
 
@@ -148,4 +162,9 @@ static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *wo
     return status;
 }
 
-extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", can_backward, plan_backward, launch_backward};
+static bool backward_kernel(int i, fa_kernel_info *info)
+{
+    return kernel_of(BACKWARD, i, info);
+}
+
+extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", 8, backward_kernel, can_backward, plan_backward, launch_backward};

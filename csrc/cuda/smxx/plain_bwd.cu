@@ -203,6 +203,17 @@ __global__ void fa_dmask_plain(const __grid_constant__ fa_plain_params params)
 
 /* ---- launch -------------------------------------------------------------------------------------------------------- */
 
+static const char *const NAMES[] = {"fa_bwd_plain_f32", "fa_bwd_plain_bf16", "fa_bwd_plain_f16", "fa_bwd_plain_f64"};
+
+static bool kernel(int i, fa_kernel_info *info)
+{
+    if (i > FA_F64)
+        return false;
+    info->name = NAMES[i];
+    info->dtype = (fa_dtype)i;
+    return true;
+}
+
 static bool can(const fa_args *a, int device)
 {
     (void)a, (void)device;
@@ -211,9 +222,8 @@ static bool can(const fa_args *a, int device)
 
 static void plan(const fa_args *a, int device, fa_plan *p)
 {
-    static const char *const names[] = {"fa_bwd_plain_f32", "fa_bwd_plain_bf16", "fa_bwd_plain_f16", "fa_bwd_plain_f64"};
     (void)device;
-    p->kernel = names[a->q.dtype];
+    p->kernel = NAMES[a->q.dtype];
     p->block_rows = FA_PLAIN_WARPS;
     p->block_keys = 32;
     p->splits = 1;
@@ -248,4 +258,4 @@ static fa_status launch(const fa_args *a, const fa_plan *p, void *workspace, cud
     return status;
 }
 
-extern "C" const fa_cuda_family fa_bwd_plain = {"plain", can, plan, launch};
+extern "C" const fa_cuda_family fa_bwd_plain = {"plain", 8, kernel, can, plan, launch};

@@ -95,6 +95,17 @@ __global__ void fa_fwd_plain_kernel(const __grid_constant__ fa_plain_params para
 
 /* ---- launch -------------------------------------------------------------------------------------------------------- */
 
+static const char *const NAMES[] = {"fa_fwd_plain_f32", "fa_fwd_plain_bf16", "fa_fwd_plain_f16", "fa_fwd_plain_f64"};
+
+static bool kernel(int i, fa_kernel_info *info)
+{
+    if (i > FA_F64)
+        return false;
+    info->name = NAMES[i];
+    info->dtype = (fa_dtype)i;
+    return true;
+}
+
 static bool can(const fa_args *a, int device)
 {
     (void)a, (void)device;
@@ -108,9 +119,8 @@ static int64_t sequences(const fa_args *a)
 
 static void plan(const fa_args *a, int device, fa_plan *p)
 {
-    static const char *const names[] = {"fa_fwd_plain_f32", "fa_fwd_plain_bf16", "fa_fwd_plain_f16", "fa_fwd_plain_f64"};
     (void)device;
-    p->kernel = names[a->q.dtype];
+    p->kernel = NAMES[a->q.dtype];
     p->block_rows = FA_PLAIN_WARPS;
     p->block_keys = 32;
     p->splits = 1;
@@ -131,4 +141,4 @@ static fa_status launch(const fa_args *a, const fa_plan *p, void *workspace, cud
     return fa_launch(p->kernel, fa_fwd_plain_kernel, p->tasks, 1, p->threads, p->thread_bytes, stream, params, err);
 }
 
-extern "C" const fa_cuda_family fa_fwd_plain = {"plain", can, plan, launch};
+extern "C" const fa_cuda_family fa_fwd_plain = {"plain", 8, kernel, can, plan, launch};

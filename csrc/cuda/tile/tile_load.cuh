@@ -83,27 +83,15 @@ struct fa_load_rows {
     }
 };
 
-/* sTile[r][c] <- columns c0 + c of the rows, c < width (a multiple of 16 bytes), r < ROWS. Elements past the end of a
- * row and rows outside become 0. Vectors arrive with the next group of asynchronous copies. */
-template <typename T, int ROWS, int THREADS>
-__device__ static void fa_load_tile(T *sTile, int ld, const fa_load_rows &rows, int64_t first, int64_t limit, int c0,
-                                    int width)
+/* fa_load_tile element by element; not inlined, so that the common way keeps its registers */
+template <typename T>
+__device__ __noinline__ void fa_load_elements(T *sTile, int ld, int tile_rows, int threads, fa_load_rows rows,
+                                              int64_t first, int64_t limit, int c0, int width)
 {
-    constexpr int VEC = 16 / (int)sizeof(T), LANES = 8;
+    constexpr int LANES = 8;
     const fa_tensor *t = rows.t;
     const int d = (int)t->size[3];
-    if (rows.vectors) {
-        for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES) {
-            int64_t at = first + r < limit && !rows.skips(first + r) ? rows.at(first + r) : -1;
-            const T *row = (const T *)t->data + (at < 0 ? 0 : at);
-            for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC) {
-                bool inside = at >= 0 && c0 + c < d;
-                ptx_cp_async(sTile + r * ld + c, inside ? row + c0 + c : row, inside ? 16 : 0);
-            }
-        }
-        return;
-    }
-    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES) {
+    for (int r = threadIdx.x / LANES; r < tile_rows; r += threads / LANES) {
         int64_t at = first + r < limit && !rows.skips(first + r) ? rows.at(first + r) : -1;
         float scale = at >= 0 && rows.scale ? fa_scale_at(rows.a, rows.s, rows.scale, rows.head, first + r) : 1;
         for (int c = threadIdx.x % LANES; c < width; c += LANES) {
@@ -116,6 +104,29 @@ __device__ static void fa_load_tile(T *sTile, int ld, const fa_load_rows &rows, 
                     x = fa_from<T>((float)fa_load(t->data, t->dtype, element) * scale);
             }
             sTile[r * ld + c] = x;
+        }
+    }
+}
+
+/* sTile[r][c] <- columns c0 + c of the rows, c < width (a multiple of 16 bytes), r < ROWS. Elements past the end of a
+ * row and rows outside become 0. Vectors arrive with the next group of asynchronous copies. */
+template <typename T, int ROWS, int THREADS>
+__device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_rows &rows, int64_t first, int64_t limit,
+                                             int c0, int width)
+{
+    constexpr int VEC = 16 / (int)sizeof(T), LANES = 8;
+    if (!rows.vectors) {
+        fa_load_elements(sTile, ld, ROWS, THREADS, rows, first, limit, c0, width);
+        return;
+    }
+    const fa_tensor *t = rows.t;
+    const int d = (int)t->size[3];
+    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES) {
+        int64_t at = first + r < limit && !rows.skips(first + r) ? rows.at(first + r) : -1;
+        const T *row = (const T *)t->data + (at < 0 ? 0 : at);
+        for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC) {
+            bool inside = at >= 0 && c0 + c < d;
+            ptx_cp_async(sTile + r * ld + c, inside ? row + c0 + c : row, inside ? 16 : 0);
         }
     }
 }

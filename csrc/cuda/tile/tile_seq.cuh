@@ -64,7 +64,7 @@ __device__ static fa_seq fa_seq_at(const fa_args *a, int64_t n)
         s.k_rows = k_len = a->block_table.size[1] * a->page_size;
     }
     s.span.q_len = surplus ? 0 : fa_length(&a->q_seqlens, n, s.q_rows);
-    s.span.k_len = surplus ? 0 : fa_length(&a->kv_seqlens, n, k_len);
+    s.span.k_len = surplus ? 0 : fa_clamp(fa_length(&a->kv_seqlens, n, k_len) + a->kv_appended, 0, k_len);
     s.span.offset = a->bottom_right ? s.span.k_len - s.span.q_len : 0;
     s.span.left = a->window_left;
     s.span.right = a->window_right;
