@@ -22,6 +22,10 @@
 
 #include "fa.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name in the headers of torch 2.10 and 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace fa_torch {
 
 using torch::stable::Tensor;

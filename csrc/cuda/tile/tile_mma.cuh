@@ -88,7 +88,7 @@ template <> struct fa_frag_b<float> {
 
 __device__ __forceinline__ void fa_cut(float x, uint32_t &big, uint32_t &small)
 {
-    big = __float_as_uint(x) & 0xffffe000u; /* cut off, not rounded: the largest number stays finite */
+    big = ptx_to_tf32(x); /* rounded: what is left, at most 2^-11 of x, may be ignored where it is squared */
     small = ptx_to_tf32(x - __uint_as_float(big));
 }
 
