@@ -167,8 +167,8 @@ class PagedKVCache:
             return [k.shape[1]] * len(seq_ids)
         offsets = cu_seqlens.tolist()
         if len(offsets) != len(seq_ids) + 1:
-            raise RuntimeError(f"cu_seqlens has {len(offsets)} elements: it must have {len(seq_ids) + 1}, one more than "
-                               "there are ids")
+            raise RuntimeError(f"cu_seqlens has {len(offsets)} elements: it must have {len(seq_ids) + 1}, one more "
+                               "than there are ids")
         counts = [last - first for first, last in zip(offsets, offsets[1:])]
         if offsets[0] != 0 or min(counts, default=0) < 0 or offsets[-1] > k.shape[0]:
             raise RuntimeError(f"cu_seqlens is {offsets}: it must start at 0, never fall, and end within the "

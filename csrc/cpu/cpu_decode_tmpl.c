@@ -2,23 +2,38 @@
  * set.
  *
  * One task is one (batch, kv head) and a part of its keys; its rows are the queries of all heads of the group, at most
- * FA_ROWS_MAX. Here the head dimension is in the lanes, as K and V lie in memory:
+ * FA_ROWS_MAX. Here the head dimension is in the lanes, as K and V lie in memory, each row behind a pointer of its own,
+ * so that pages of any size cost nothing:
  *
  *   for each block of 64 keys
- *       S[row][key] = q . k                4 keys x up to 4 rows of accumulators, one reduction for four sums;
+ *       S[row][key] = q . k                tiles of rows x keys of accumulators, one reduction for four sums;
  *                                          meanwhile the next block of K is prefetched
- *       softcap, bias, ALiBi, visibility   keys in the lanes
- *       P = 2^(S - max); rescale, sum
- *       O[row][dv] = rescale * O + P V     up to 4 rows x 4 vectors of accumulators over the whole block;
+ *       scale of the key, softcap, bias, ALiBi, visibility                                       keys in the lanes
+ *       P = 2^(S - max); rescale, sum; scale of the value
+ *       O[row][dv] = rescale * O + P V     tiles of rows x vectors of accumulators over the whole block;
  *                                          meanwhile the next block of V is prefetched
+ *
+ * K and V of any dtype are widened to fp32 in registers, which is exact. The order of the sums of a row depends neither
+ * on the tile nor on the other rows.
  */
+#include "../common/fa_sequence.h"
 #include "cpu_finish.h"
 #include "cpu_ops.h"
 #include "cpu_tile.h"
 
 #define KB FA_ROWS_KEY_BLOCK
-#define ROWS 4     /* rows of a tile */
-#define COLS NV_MAX /* vectors of DV of a tile: ROWS * COLS accumulators */
+#define ROWS 4    /* most rows of a tile */
+#define GROUP 8   /* keys that all rows take before the next ones */
+#define COLS 8    /* most vectors of columns of a tile */
+
+/* Keys of a tile of scores and vectors of a tile of outputs, by its rows: as many sums as registers can hold. */
+#ifdef FA_ISA_AVX512
+#define TILE_KEYS(rows) ((rows) == 1 ? 8 : 4)
+#define TILE_COLS(rows) ((rows) <= 2 ? 8 : 4)
+#else
+#define TILE_KEYS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
+#define TILE_COLS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
+#endif
 
 typedef struct rows {
     const fa_args *a;
@@ -26,8 +41,7 @@ typedef struct rows {
     fa_span span;
     int64_t b, hk, d, dv, d_pad, dv_pad;
     int n;                  /* rows */
-    size_t size;            /* of an element */
-    float *q;               /* [n][d_pad] */
+    float *q;               /* [n][d_pad], in the order of place_of, as out */
     float *scores;          /* [n][KB], then the weights */
     float *out;             /* [n][dv_pad] */
     float *max, *sum;       /* [n] */
@@ -36,69 +50,192 @@ typedef struct rows {
     float slope[FA_ROWS_MAX];
 } rows;
 
+/* ---- keys and values -------------------------------------------------------------------------------------------- */
+
+/* Up to KB keys in a row. Pointers past n repeat the last, up to a whole GROUP. */
+typedef struct key_block {
+    int64_t first;
+    int n;
+    const char *k[KB], *v[KB];
+    float k_scale[KB], v_scale[KB]; /* of quantised keys */
+} key_block;
+
+static inline bool quantised(fa_dtype t)
+{
+    return t == FA_I8 || t == FA_F8E4M3;
+}
+
+FA_INLINE int64_t size_of(fa_dtype t)
+{
+    return quantised(t) ? 1 : t == FA_F32 ? 4 : 2;
+}
+
+/* what a widened element must be multiplied by, besides its scale */
+static inline float unit_of(fa_dtype t)
+{
+    return t == FA_F8E4M3 ? 256 : 1;
+}
+
+/* vectors that one step along a row gives: bf16 comes as even and odd elements */
+FA_INLINE int vectors_of(fa_dtype t)
+{
+    return t == FA_BF16 ? 2 : 1;
+}
+
+/* where q and out keep element d of a row */
+FA_INLINE int64_t place_of(int64_t d, fa_dtype t)
+{
+    int64_t at = d % (2 * VL);
+    return t == FA_BF16 ? d - at + at % 2 * VL + at / 2 : d;
+}
+
+/* n elements of a row from d on, 0 past them: one vector, of bf16 two */
+FA_INLINE void load_step(vf x[2], const char *row, int64_t d, int n, fa_dtype t)
+{
+    const uint16_t *h = (const uint16_t *)(const void *)row + d;
+    switch (t) {
+    case FA_BF16: n >= 2 * VL ? v_load2_bf16(h, &x[0], &x[1]) : v_load2_bf16_n(h, n, &x[0], &x[1]); break;
+    case FA_I8: x[0] = n >= VL ? v_load_i8(row + d) : v_load_i8_n(row + d, n); break;
+    case FA_F8E4M3: x[0] = n >= VL ? v_load_f8(row + d) : v_load_f8_n(row + d, n); break;
+    default: x[0] = load_f32(row, d, n, 1, t); break;
+    }
+}
+
+/* elements left for the step that starts at d */
+FA_INLINE int step_part(int64_t d, int64_t n, fa_dtype t)
+{
+    int64_t step = vectors_of(t) * VL;
+    return (int)(n - d < step ? n - d : step);
+}
+
+/* Where the keys first .. lie, at most KB of them and none past `end`. */
+static void point_at(key_block *to, const rows *w, int64_t first, int64_t end)
+{
+    const fa_args *a = w->a;
+    const fa_tensor *k = &a->k, *v = &a->v;
+    const int64_t size = size_of(k->dtype), k_step = row_step(k, (size_t)size),
+                  v_step = row_step(v, (size_t)size);
+    to->first = first;
+    to->n = (int)fa_max64(0, fa_min64(KB, end - first));
+    const int64_t page_size = a->page_size ? a->page_size : INT64_MAX;
+    int64_t inside = first % page_size;
+    for (int i = 0; i < to->n; inside = 0) {
+        const char *k_row = (const char *)k->data + fa_key_row(a, k, w->b, w->hk, first + i);
+        const char *v_row = (const char *)v->data + fa_key_row(a, v, w->b, w->hk, first + i);
+        int last = (int)fa_min64(to->n, i + page_size - inside);
+        for (; i < last; i++, k_row += k_step, v_row += v_step) {
+            to->k[i] = k_row;
+            to->v[i] = v_row;
+        }
+    }
+    for (int i = to->n; i % GROUP; i++) {
+        to->k[i] = to->k[to->n - 1];
+        to->v[i] = to->v[to->n - 1];
+    }
+}
+
+static void scales_of(key_block *to, const rows *w, fa_dtype dtype)
+{
+    const fa_args *a = w->a;
+    for (int i = 0; i < to->n; i++) {
+        to->k_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->k_scale, w->hk, to->first + i);
+        to->v_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->v_scale, w->hk, to->first + i);
+    }
+}
+
 FA_INLINE void prefetch_row(const char *row, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += 64)
         _mm_prefetch(row + i, _MM_HINT_T1); /* a block is as large as the first-level cache: not into that */
 }
 
-/* dots of nr rows of q with nk <= 4 keys */
-FA_INLINE void dot_tile(const rows *w, const char *k, int64_t k_bytes, int nk, int row, int nr, float *s,
-                        fa_dtype dtype)
+/* ---- scores ------------------------------------------------------------------------------------------------------ */
+
+/* acc += the products of one step */
+FA_INLINE void dot_step(vf acc[ROWS][GROUP], const rows *w, const char *const *k, const float *q, int nr, int64_t d,
+                        int n, fa_dtype dtype)
 {
-    vf acc[ROWS][4];
-    const char *key[4];
+    const int nk = TILE_KEYS(nr);
+    vf x[GROUP][2];
     FA_UNROLL
-    for (int j = 0; j < 4; j++) {
-        key[j] = k + (j < nk ? j : nk - 1) * k_bytes;
+    for (int j = 0; j < nk; j++)
+        load_step(x[j], k[j], d, n, dtype);
+    FA_UNROLL
+    for (int p = 0; p < vectors_of(dtype); p++) {
         FA_UNROLL
-        for (int r = 0; r < nr; r++)
+        for (int r = 0; r < nr; r++) {
+            vf y = v_load(q + r * w->d_pad + d + p * VL);
+            FA_UNROLL
+            for (int j = 0; j < nk; j++)
+                acc[r][j] = v_fma(x[j][p], y, acc[r][j]);
+        }
+    }
+}
+
+/* dots of nr rows of q with TILE_KEYS(nr) keys */
+FA_INLINE void dot_tile(const rows *w, const char *const *k, int row, int nr, float *s, fa_dtype dtype)
+{
+    const int nk = TILE_KEYS(nr), step = vectors_of(dtype) * VL;
+    vf acc[ROWS][GROUP];
+    FA_UNROLL
+    for (int r = 0; r < nr; r++) {
+        FA_UNROLL
+        for (int j = 0; j < nk; j++)
             acc[r][j] = v_zero();
     }
     const float *q = w->q + row * w->d_pad;
-    for (int64_t d = 0; d < w->d; d += VL) {
-        vf x[4];
-        FA_UNROLL
-        for (int j = 0; j < 4; j++)
-            x[j] = load_f32(key[j], d, part(d, w->d), 1, dtype);
-        FA_UNROLL
-        for (int r = 0; r < nr; r++) {
-            vf y = v_load(q + r * w->d_pad + d);
+    int64_t d = 0;
+    for (; d + step <= w->d; d += step)
+        dot_step(acc, w, k, q, nr, d, step, dtype);
+    if (d < w->d)
+        dot_step(acc, w, k, q, nr, d, (int)(w->d - d), dtype);
+    FA_UNROLL
+    for (int r = 0; r < nr; r++) {
+        if (nk >= 4) {
             FA_UNROLL
-            for (int j = 0; j < 4; j++)
-                acc[r][j] = v_fma(x[j], y, acc[r][j]);
+            for (int j = 0; j < nk; j += 4)
+                v_hsum4(s + r * KB + j, acc[r][j], acc[r][j + 1], acc[r][j + 2], acc[r][j + 3]);
+        } else if (r % 2 == 0) { /* two keys of two rows */
+            float sums[4];
+            v_hsum4(sums, acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]);
+            memcpy(s + r * KB, sums, 8);
+            memcpy(s + (r + 1) * KB, sums + 2, 8);
         }
     }
-    FA_UNROLL
-    for (int r = 0; r < nr; r++)
-        v_hsum4(s + r * KB, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
-FA_INLINE void dot_block(const rows *w, int64_t k0, int nk, fa_dtype dtype)
+FA_INLINE void dot_strip(const rows *w, const char *const *k, int row, int nr, float *s, fa_dtype dtype)
 {
-    const fa_tensor *t = &w->a->k;
-    const char *k = row_of(t, w->b, w->hk, k0, w->size);
-    int64_t k_bytes = row_step(t, w->size), row_bytes = w->d * (int64_t)w->size;
-    for (int j = 0; j < nk; j += 4) {
-        int n = nk - j < 4 ? nk - j : 4;
-        for (int i = 0; i < n; i++)
-            prefetch_row(k + (j + i + KB) * k_bytes, row_bytes);
+    for (int j = 0; j < GROUP; j += TILE_KEYS(nr))
+        dot_tile(w, k + j, row, nr, s + j, dtype);
+}
+
+FA_INLINE void dot_block(const rows *w, const key_block *now, const key_block *next, fa_dtype dtype)
+{
+    const int64_t row_bytes = w->d * size_of(dtype);
+    for (int j = 0; j < now->n; j += GROUP) {
+        for (int i = j; i < j + GROUP && i < next->n; i++)
+            prefetch_row(next->k[i], row_bytes);
         for (int r = 0; r < w->n; r += ROWS) {
             float *s = w->scores + r * KB + j;
             switch (w->n - r) {
-            case 1: dot_tile(w, k + j * k_bytes, k_bytes, n, r, 1, s, dtype); break;
-            case 2: dot_tile(w, k + j * k_bytes, k_bytes, n, r, 2, s, dtype); break;
-            case 3: dot_tile(w, k + j * k_bytes, k_bytes, n, r, 3, s, dtype); break;
-            default: dot_tile(w, k + j * k_bytes, k_bytes, n, r, 4, s, dtype); break;
+            case 1: dot_strip(w, now->k + j, r, 1, s, dtype); break;
+            case 2: dot_strip(w, now->k + j, r, 2, s, dtype); break;
+            case 3: dot_strip(w, now->k + j, r, 3, s, dtype); break;
+            default: dot_strip(w, now->k + j, r, 4, s, dtype); break;
             }
         }
     }
 }
 
-/* O of nr rows and nv vectors of columns over the whole block */
-FA_INLINE void value_tile(const rows *w, const char *v, int64_t v_bytes, int nk, int row, int nr, int64_t col, int nv,
-                          const float *rescale, fa_dtype dtype)
+/* ---- values ------------------------------------------------------------------------------------------------------ */
+
+/* O of nr rows and nv vectors of columns over the whole block; whole: none of the columns lies past DV */
+FA_INLINE void value_tile(const rows *w, const key_block *now, const key_block *next, int row, int nr, int64_t col,
+                          int nv, bool whole, const float *rescale, fa_dtype dtype)
 {
+    const int vectors = vectors_of(dtype);
+    const int64_t size = size_of(dtype);
     vf acc[ROWS][COLS];
     float *out = w->out + row * w->dv_pad + col;
     const float *p = w->scores + row * KB;
@@ -108,11 +245,13 @@ FA_INLINE void value_tile(const rows *w, const char *v, int64_t v_bytes, int nk,
         for (int c = 0; c < nv; c++)
             acc[r][c] = v_zero(); /* a sum of its own: thousands of keys in one chain would lose digits */
     }
-    for (int j = 0; j < nk; j++) {
+    const int ahead = row == 0 ? next->n : 0;
+    for (int j = 0; j < now->n; j++) {
         vf x[COLS];
         FA_UNROLL
-        for (int c = 0; c < nv; c++)
-            x[c] = load_f32(v, col + c * VL, part(col + c * VL, w->dv), 1, dtype);
+        for (int c = 0; c < nv; c += vectors)
+            load_step(x + c, now->v[j], col + c * VL, whole ? vectors * VL : step_part(col + c * VL, w->dv, dtype),
+                      dtype);
         FA_UNROLL
         for (int r = 0; r < nr; r++) {
             vf y = v_set1(p[r * KB + j]);
@@ -120,9 +259,8 @@ FA_INLINE void value_tile(const rows *w, const char *v, int64_t v_bytes, int nk,
             for (int c = 0; c < nv; c++)
                 acc[r][c] = v_fma(x[c], y, acc[r][c]);
         }
-        if (row == 0)
-            prefetch_row(v + KB * v_bytes + col * (int64_t)w->size, nv * VL * (int64_t)w->size);
-        v += v_bytes;
+        if (j < ahead)
+            prefetch_row(next->v[j] + col * size, nv * VL * size);
     }
     FA_UNROLL
     for (int r = 0; r < nr; r++) {
@@ -133,56 +271,85 @@ FA_INLINE void value_tile(const rows *w, const char *v, int64_t v_bytes, int nk,
     }
 }
 
-FA_INLINE void value_strip(const rows *w, const char *v, int64_t v_bytes, int nk, int row, int nr, const float *rescale,
-                           fa_dtype dtype)
+FA_INLINE void value_strip(const rows *w, const key_block *now, const key_block *next, int row, int nr,
+                           const float *rescale, fa_dtype dtype)
 {
+    const int nv = TILE_COLS(nr), least = vectors_of(dtype);
     int64_t col = 0;
-    for (; col + COLS * VL <= w->dv_pad; col += COLS * VL)
-        value_tile(w, v, v_bytes, nk, row, nr, col, COLS, rescale, dtype);
-    for (; col < w->dv_pad; col += VL)
-        value_tile(w, v, v_bytes, nk, row, nr, col, 1, rescale, dtype);
+    for (; col + nv * VL <= w->dv; col += nv * VL)
+        value_tile(w, now, next, row, nr, col, nv, true, rescale, dtype);
+    for (; col < w->dv; col += least * VL)
+        value_tile(w, now, next, row, nr, col, least, false, rescale, dtype);
 }
 
 /* A hidden key has weight 0 and must not be multiplied when its value is NaN or infinite. Rare, so plain. */
-static __attribute__((noinline)) void values_one_by_one(const rows *w, int64_t k0, int nk, const float *rescale)
+static __attribute__((noinline)) void values_one_by_one(const rows *w, const key_block *now, const float *rescale,
+                                                        fa_dtype dtype)
 {
-    const fa_tensor *t = &w->a->v;
     for (int r = 0; r < w->n; r++) {
         float *out = w->out + r * w->dv_pad, acc[FA_MAX_HEAD_DIM] = {0};
-        for (int j = 0; j < nk; j++) {
-            const char *row = row_of(t, w->b, w->hk, k0 + j, w->size);
-            float p = w->scores[r * KB + j];
+        for (int j = 0; j < now->n; j++) {
+            float p = w->scores[r * KB + j] / unit_of(dtype);
             for (int64_t d = 0; p != 0 && d < w->dv; d++)
-                acc[d] = fmaf(p, (float)fa_load(row, t->dtype, d), acc[d]); /* the bits of value_tile */
+                acc[d] = fmaf(p, (float)fa_load(now->v[j], dtype, d), acc[d]); /* the bits of value_tile */
         }
-        for (int64_t d = 0; d < w->dv; d++)
-            out[d] = fmaf(out[d], rescale[r], acc[d]);
+        for (int64_t d = 0; d < w->dv; d++) {
+            float *o = out + place_of(d, dtype);
+            *o = fmaf(*o, rescale[r], acc[d]);
+        }
     }
 }
 
-FA_INLINE void value_block(const rows *w, int64_t k0, int nk, bool hides, const float *rescale, fa_dtype dtype)
+/* Is there NaN or infinity among the values? x * 0 is NaN exactly for them. */
+static __attribute__((noinline)) bool nonfinite_values(const rows *w, const key_block *now, fa_dtype dtype)
 {
-    const fa_tensor *t = &w->a->v;
-    const char *v = row_of(t, w->b, w->hk, k0, w->size);
-    int64_t v_bytes = row_step(t, w->size);
-    uint8_t marks[KB];
-    if (hides && find_nonfinite(marks, v, v_bytes, nk, w->dv, 1, dtype)) {
-        values_one_by_one(w, k0, nk, rescale);
+    vf acc = v_zero();
+    for (int j = 0; j < now->n; j++)
+        for (int64_t d = 0; d < w->dv; d += vectors_of(dtype) * VL) {
+            vf x[2];
+            load_step(x, now->v[j], d, step_part(d, w->dv, dtype), dtype);
+            for (int p = 0; p < vectors_of(dtype); p++)
+                acc = v_fma(x[p], v_zero(), acc);
+        }
+    return vm_any(v_ne(acc, acc));
+}
+
+FA_INLINE void value_block(const rows *w, const key_block *now, const key_block *next, bool hides,
+                           const float *rescale, fa_dtype dtype)
+{
+    if (hides && dtype != FA_I8 && nonfinite_values(w, now, dtype)) {
+        values_one_by_one(w, now, rescale, dtype);
         return;
     }
     for (int r = 0; r < w->n; r += ROWS)
         switch (w->n - r) {
-        case 1: value_strip(w, v, v_bytes, nk, r, 1, rescale, dtype); break;
-        case 2: value_strip(w, v, v_bytes, nk, r, 2, rescale, dtype); break;
-        case 3: value_strip(w, v, v_bytes, nk, r, 3, rescale, dtype); break;
-        default: value_strip(w, v, v_bytes, nk, r, 4, rescale, dtype); break;
+        case 1: value_strip(w, now, next, r, 1, rescale, dtype); break;
+        case 2: value_strip(w, now, next, r, 2, rescale, dtype); break;
+        case 3: value_strip(w, now, next, r, 3, rescale, dtype); break;
+        default: value_strip(w, now, next, r, 4, rescale, dtype); break;
         }
 }
 
+/* ---- from scores to weights -------------------------------------------------------------------------------------- */
+
+/* mask_values of keys, of which those before mask_first have no column and are not hidden */
+FA_INLINE vf mask_of_keys(const fa_args *a, const char *mask, int64_t key, int n)
+{
+    int64_t column = key - a->mask_first;
+    if (column >= 0)
+        return mask_values(&a->mask, mask, column, n);
+    float x[2 * VL] = {0};
+    if (column + n > 0)
+        v_store(x - column, mask_values(&a->mask, mask, 0, (int)(column + n)));
+    return v_load(x);
+}
+
 /* Scores of one row, keys in the lanes, become weights. Returns whether some key of the block is hidden from it. */
-FA_INLINE bool row_weights(const rows *w, int r, int64_t k0, int nk, float *rescale, int degree)
+FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *rescale, fa_dtype dtype)
 {
     const fa_args *a = w->a;
+    const int64_t k0 = now->first;
+    const int nk = now->n, degree = dtype == FA_BF16 ? 3 : 5;
     float *s = w->scores + r * KB;
     vf hide = v_set1(-INFINITY), top = v_set1(w->max[r]), scale = v_set1(w->ops.scale);
     vm hidden = v_ne(scale, scale);
@@ -190,11 +357,13 @@ FA_INLINE bool row_weights(const rows *w, int r, int64_t k0, int nk, float *resc
     const char *mask = w->ops.mask ? mask_row(&a->mask, w->b, w->head[r], w->query[r]) : NULL;
     for (int j = 0; j < nk; j += VL) {
         vf x = v_mul(v_load(s + j), scale);
+        if (quantised(dtype))
+            x = v_mul(x, v_load(now->k_scale + j));
         vi at = vi_add(vi_iota(), vi_set1(j));
         if (w->ops.softcap)
             x = v_mul(v_tanh(x), v_set1((float)(a->softcap * FA_LOG2E)));
         if (mask) {
-            vf bias = mask_values(&a->mask, mask, k0 + j, nk - j < VL ? nk - j : VL);
+            vf bias = mask_of_keys(a, mask, k0 + j, nk - j < VL ? nk - j : VL);
             vm none = v_eq(bias, hide);
             x = v_select(none, hide, v_add(x, bias));
             hidden = vm_or(hidden, none);
@@ -209,14 +378,14 @@ FA_INLINE bool row_weights(const rows *w, int r, int64_t k0, int nk, float *resc
         v_store(s + j, x);
     }
     float m = v_hmax(top);
-    rescale[r] = 0;
-    if (m > -INFINITY)
-        rescale[r] = exp2f(w->max[r] - m);
+    rescale[r] = m == w->max[r] ? 1 : m > -INFINITY ? exp2f(w->max[r] - m) : 0;
     w->max[r] = m;
     vf base = v_set1(m > -INFINITY ? m : 0), acc = v_zero();
     for (int j = 0; j < nk; j += VL) {
         vf p = v_exp2(v_sub(v_load(s + j), base), degree);
         acc = v_add(acc, p);
+        if (quantised(dtype)) /* what a hidden key is scaled by may be anything */
+            p = v_select(v_eq(p, v_zero()), p, v_mul(p, v_load(now->v_scale + j)));
         v_store(s + j, p);
     }
     w->sum[r] = w->sum[r] * rescale[r] + v_hsum(acc);
@@ -230,13 +399,13 @@ FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequenc
     fa_rows_scratch at = fa_rows_scratch_of(a, &target);
     int64_t heads = a->k.size[1], group = a->q.size[1] / heads, sq = a->q.size[2];
     rows w = {.a = a, .ops = score_ops_of(a), .b = sequence / heads, .hk = sequence % heads,
-              .d = a->q.size[3], .dv = a->v.size[3], .n = (int)(group * sq), .size = dtype == FA_F32 ? 4 : 2,
+              .d = a->q.size[3], .dv = a->v.size[3], .n = (int)(group * sq),
               .q = (float *)(void *)(scratch + at.q), .scores = (float *)(void *)(scratch + at.scores),
               .out = (float *)(void *)(scratch + at.out), .max = (float *)(void *)(scratch + at.max),
               .sum = (float *)(void *)(scratch + at.sum)};
     w.span = fa_span_at(a, w.b);
-    w.d_pad = fa_padded(w.d, VL);
-    w.dv_pad = fa_padded(w.dv, VL);
+    w.d_pad = fa_padded(w.d, 2 * VL);
+    w.dv_pad = fa_padded(w.dv, 2 * VL);
     memset(w.out, 0, (size_t)(w.n * w.dv_pad) * 4);
     for (int r = 0; r < w.n; r++) {
         w.head[r] = w.hk * group + r / sq;
@@ -253,8 +422,11 @@ FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequenc
             int64_t i = (a->alibi.size[0] > 1 ? w.b : 0) * a->alibi.stride[0] + w.head[r] * a->alibi.stride[1];
             w.slope[r] = (float)(fa_load(a->alibi.data, a->alibi.dtype, i) * FA_LOG2E);
         }
-        pack_rows(w.q + r * w.d_pad, w.d_pad, row_of(&a->q, w.b, w.head[r], w.query[r], w.size), 0, 1, w.d,
-                  a->q.stride[3], dtype, NULL);
+        float x[FA_MAX_HEAD_DIM];
+        pack_rows(x, w.d_pad, row_of(&a->q, w.b, w.head[r], w.query[r], fa_dtype_size(a->q.dtype)), 0, 1, w.d,
+                  a->q.stride[3], a->q.dtype, NULL);
+        for (int64_t d = 0; d < w.d_pad; d++)
+            w.q[r * w.d_pad + place_of(d, dtype)] = x[d];
     }
     return w;
 }
@@ -263,8 +435,10 @@ FA_INLINE void rows_end(const rows *w, float *partial, fa_dtype dtype)
 {
     const fa_args *a = w->a;
     for (int r = 0; r < w->n; r++) {
-        const float *o = w->out + r * w->dv_pad;
+        float o[FA_MAX_HEAD_DIM];
         int64_t h = w->head[r], q = w->query[r];
+        for (int64_t d = 0; d < w->dv_pad; d++)
+            o[d] = w->out[r * w->dv_pad + place_of(d, dtype)];
         if (partial) {
             float *to = partial + ((w->b * a->q.size[1] + h) * a->q.size[2] + q) * fa_partial_floats(w->dv);
             to[0] = w->max[r];
@@ -277,9 +451,9 @@ FA_INLINE void rows_end(const rows *w, float *partial, fa_dtype dtype)
         if (valid)
             end = fa_finish_row(a, w->b, h, w->max[r], w->sum[r]);
         fa_store_lse(a, w->b, h, q, end.lse);
-        char *row = (char *)(uintptr_t)row_of(&a->out, w->b, h, q, w->size);
+        char *row = (char *)(uintptr_t)row_of(&a->out, w->b, h, q, fa_dtype_size(a->out.dtype));
         for (int64_t d = 0; d < w->dv; d += VL)
-            store_f32(row, d, part(d, w->dv), a->out.stride[3], dtype, v_mul(v_load(o + d), v_set1(end.scale)));
+            store_f32(row, d, part(d, w->dv), a->out.stride[3], a->out.dtype, v_mul(v_load(o + d), v_set1(end.scale)));
     }
 }
 
@@ -294,14 +468,19 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
             keys.lo = fa_min64(keys.lo, w.keys[r].lo);
             keys.hi = fa_max64(keys.hi, w.keys[r].hi);
         }
-    for (int64_t k0 = keys.lo; k0 < keys.hi; k0 += KB) {
-        int nk = (int)fa_min64(KB, keys.hi - k0);
+    key_block blocks[2];
+    point_at(&blocks[0], &w, keys.lo, keys.hi);
+    for (int64_t i = 0; keys.lo + i * KB < keys.hi; i++) {
+        key_block *now = &blocks[i % 2], *next = &blocks[(i + 1) % 2];
         float rescale[FA_ROWS_MAX];
         bool hides = false;
-        dot_block(&w, k0, nk, dtype);
+        point_at(next, &w, now->first + KB, keys.hi);
+        if (quantised(dtype))
+            scales_of(now, &w, dtype);
+        dot_block(&w, now, next, dtype);
         for (int r = 0; r < w.n; r++)
-            hides |= row_weights(&w, r, k0, nk, rescale, dtype == FA_BF16 ? 3 : 5);
-        value_block(&w, k0, nk, hides, rescale, dtype);
+            hides |= row_weights(&w, r, now, rescale, dtype);
+        value_block(&w, now, next, hides, rescale, dtype);
     }
     int64_t all = a->q.size[0] * a->q.size[1] * a->q.size[2];
     rows_end(&w, plan->splits > 1 ? (float *)(void *)shared + split * all * fa_partial_floats(w.dv) : NULL, dtype);
@@ -317,3 +496,5 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
 DECODE(f32, FA_F32)
 DECODE(bf16, FA_BF16)
 DECODE(f16, FA_F16)
+DECODE(i8, FA_I8)
+DECODE(f8e4m3, FA_F8E4M3)

@@ -14,6 +14,7 @@ DECLARE(bwd)
 DECLARE(dmask)
 DECLARE_ROWS(bwd_pre)
 DECLARE_ROWS(bwd_post)
+extern fa_task_fn FA_KERNEL(decode, i8), FA_KERNEL(decode, f8e4m3);
 
 extern void FA_LOCAL(cpu_probes)(fa_cpu_probes *probes);
 
@@ -35,6 +36,8 @@ void FA_LOCAL(cpu_ops)(fa_cpu_ops *ops)
 {
     FILL(fwd);
     FILL(decode);
+    ops->decode[FA_I8] = (fa_cpu_kernel)ENTRY(decode, i8);
+    ops->decode[FA_F8E4M3] = (fa_cpu_kernel)ENTRY(decode, f8e4m3);
     FILL(bwd);
     FILL(dmask);
     FILL_ROWS(bwd_pre);

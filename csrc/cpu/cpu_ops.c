@@ -23,10 +23,10 @@ int64_t fa_dmask_tiles(const fa_args *a, int64_t panel_rows)
            (size[3] == 1 ? 1 : fa_ceil_div(size[3], FA_KEY_BLOCK));
 }
 
-static int list_op(const fa_cpu_kernel kernels[4], const char *op, const char *target, bool usable,
+static int list_op(const fa_cpu_kernel *kernels, int dtypes, const char *op, const char *target, bool usable,
                    fa_kernel_info *list, int n, int count)
 {
-    for (int t = 0; t < 4; t++) {
+    for (int t = 0; t < dtypes; t++) {
         if (!kernels[t].run)
             continue;
         if (count < n)
@@ -56,10 +56,10 @@ int fa_kernels(fa_kernel_info *list, int n)
         fa_cpu_ops ops = {0};
         targets[i].init(&ops);
         bool usable = (enabled & targets[i].needs) == targets[i].needs;
-        count = list_op(ops.fwd, "fwd", ops.target, usable, list, n, count);
-        count = list_op(ops.decode, "decode", ops.target, usable, list, n, count);
-        count = list_op(ops.bwd, "bwd", ops.target, usable, list, n, count);
-        count = list_op(ops.dmask, "dmask", ops.target, usable, list, n, count);
+        count = list_op(ops.fwd, 4, "fwd", ops.target, usable, list, n, count);
+        count = list_op(ops.decode, FA_F8E4M3 + 1, "decode", ops.target, usable, list, n, count);
+        count = list_op(ops.bwd, 4, "bwd", ops.target, usable, list, n, count);
+        count = list_op(ops.dmask, 4, "dmask", ops.target, usable, list, n, count);
     }
     return count;
 }

@@ -25,7 +25,7 @@ typedef struct fa_cpu_probes {
 
 typedef struct fa_cpu_ops {
     fa_cpu_kernel fwd[4];      /* by dtype: f32, bf16, f16, f64. Panels of queries in the lanes */
-    fa_cpu_kernel decode[4];   /* few query rows; run NULL: the fwd kernel does it */
+    fa_cpu_kernel decode[FA_F8E4M3 + 1]; /* few query rows, by dtype of the keys; run NULL: the fwd kernel does it */
     fa_cpu_kernel bwd[4];
     fa_cpu_kernel dmask[4];    /* gradient of the mask, a pass of its own */
     fa_rows_fn *bwd_pre[4];    /* fills lse2 and delta, clears dQ; NULL: bwd needs no preparation */

@@ -24,9 +24,9 @@ static bool is_scalar(const fa_cpu_ops *ops, fa_dtype t)
  * speed of memory, and leaves most lanes of a panel kernel's tile to waste. */
 static bool rows_kernel_can(const fa_args *a, const fa_cpu_ops *ops)
 {
-    return ops->decode[a->q.dtype].run && !is_scalar(ops, a->q.dtype) && a->dropout_p == 0 &&
-           a->k.stride[3] == 1 && a->v.stride[3] == 1 && a->k.dtype == a->q.dtype && !a->page_size &&
-           !a->mask_first && fa_group(a) * a->q.size[2] <= FA_ROWS_MAX;
+    return ops->decode[a->k.dtype].run && !is_scalar(ops, a->q.dtype) && a->dropout_p == 0 &&
+           a->k.stride[3] == 1 && a->v.stride[3] == 1 &&
+           fa_group(a) * a->q.size[2] <= FA_ROWS_MAX;
 }
 
 static fa_target forward_target(const fa_args *a, const fa_cpu_ops *ops, fa_task_fn **run)
@@ -35,7 +35,7 @@ static fa_target forward_target(const fa_args *a, const fa_cpu_ops *ops, fa_task
     fa_kernel_kind kind = is_scalar(ops, t)          ? FA_KERNEL_SCALAR
                           : rows_kernel_can(a, ops) ? FA_KERNEL_ROWS
                                                     : FA_KERNEL_PANEL;
-    const fa_cpu_kernel *kernel = kind == FA_KERNEL_ROWS ? &ops->decode[t] : &ops->fwd[t];
+    const fa_cpu_kernel *kernel = kind == FA_KERNEL_ROWS ? &ops->decode[a->k.dtype] : &ops->fwd[t];
     *run = kernel->run;
     return target_of(ops, kernel, t, kind);
 }
@@ -247,9 +247,12 @@ static char *aligned(void *p)
 static fa_status job_begin(fa_job *job, const fa_args *a, bool forward, const fa_plan *plan, const fa_exec *exec,
                            fa_error *err)
 {
-    if (!exec->workspace || exec->workspace_size < plan->workspace) {
+    size_t needed = plan->workspace, table = (size_t)parts_of(a) * sizeof(fa_part) + 64;
+    if (a->by_sequence && needed < table)
+        needed = table;
+    if (!exec->workspace || exec->workspace_size < needed) {
         snprintf(err->text, sizeof err->text, "workspace of %zu bytes; the plan needs %zu",
-                 exec->workspace ? exec->workspace_size : (size_t)0, plan->workspace);
+                 exec->workspace ? exec->workspace_size : (size_t)0, needed);
         return FA_ERR_WORKSPACE;
     }
     char *shared = aligned(exec->workspace);
@@ -258,13 +261,12 @@ static fa_status job_begin(fa_job *job, const fa_args *a, bool forward, const fa
     job->parts = a->by_sequence ? (fa_part *)(void *)shared : &job->one;
     fa_cpu_ops_init(&job->ops, fa_cpu_enabled());
     fa_plan now;
-    plan_parts(a, forward, plan->num_threads, &now, NULL);
+    plan_parts(a, forward, plan->num_threads, &now, job->parts);
     if (strcmp(plan->kernel, now.kernel) || plan->workspace != now.workspace) {
         snprintf(err->text, sizeof err->text, "the plan is for kernel %s; now enabled is %s: plan again", plan->kernel,
                  now.kernel);
         return FA_ERR_UNSUPPORTED;
     }
-    plan_parts(a, forward, plan->num_threads, &now, job->parts);
     return FA_OK;
 }
 

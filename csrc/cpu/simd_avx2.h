@@ -106,8 +106,42 @@ static inline void v_store_u16_n(uint16_t *p, int n, __m128i x)
 }
 static inline vf v_load_bf16(const uint16_t *p) { return v_from_bf16(_mm_loadu_si128((const __m128i *)p)); }
 static inline vf v_load_bf16_n(const uint16_t *p, int n) { return v_from_bf16(v_load_u16_n(p, n)); }
+/* 2 VL elements as those of even and those of odd index: a word holds one of each, and neither needs a shuffle */
+static inline void v_load2_bf16(const uint16_t *p, vf *even, vf *odd)
+{
+    vi x = _mm256_loadu_si256((const __m256i *)p);
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(x, vi_set1((int32_t)0xffff0000)));
+}
+static inline void v_load2_bf16_n(const uint16_t *p, int n, vf *even, vf *odd)
+{
+    uint16_t t[2 * VL] = {0};
+    memcpy(t, p, (size_t)n * 2);
+    v_load2_bf16(t, even, odd);
+}
 static inline vf v_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 static inline vf v_load_f16_n(const uint16_t *p, int n) { return _mm256_cvtph_ps(v_load_u16_n(p, n)); }
+
+static inline __m128i v_load_u8_n(const void *p, int n)
+{
+    uint64_t t = 0;
+    memcpy(&t, p, (size_t)n);
+    return _mm_cvtsi64_si128((long long)t);
+}
+static inline vf v_from_i8(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
+static inline vf v_load_i8(const void *p) { return v_from_i8(_mm_loadl_epi64((const __m128i *)p)); }
+static inline vf v_load_i8_n(const void *p, int n) { return v_from_i8(v_load_u8_n(p, n)); }
+/* float8_e4m3fn / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger by 8; the NaN of
+ * fp8 has the largest exponent of fp8 only, so it is made one of fp16 */
+static inline vf v_from_f8(__m128i x)
+{
+    __m128i w = _mm_cvtepi8_epi16(x);
+    __m128i h = _mm_and_si128(_mm_slli_epi16(w, 7), _mm_set1_epi16((short)0xbfff));
+    __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(w, _mm_set1_epi16((short)0xff80)), _mm_set1_epi16(-1));
+    return _mm256_cvtph_ps(_mm_or_si128(h, nan));
+}
+static inline vf v_load_f8(const void *p) { return v_from_f8(_mm_loadl_epi64((const __m128i *)p)); }
+static inline vf v_load_f8_n(const void *p, int n) { return v_from_f8(v_load_u8_n(p, n)); }
 
 /* round to nearest even; a NaN stays one */
 static inline __m128i v_to_bf16(vf x)

@@ -82,11 +82,40 @@ static inline vf v_load_bf16_n(const uint16_t *p, int n)
 {
     return v_from_bf16(_mm256_maskz_loadu_epi16(v_head(n), p));
 }
+/* 2 VL elements as those of even and those of odd index: a word holds one of each, and neither needs a shuffle */
+static inline void v_split_bf16(vi x, vf *even, vf *odd)
+{
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(x, vi_set1((int32_t)0xffff0000)));
+}
+static inline void v_load2_bf16(const uint16_t *p, vf *even, vf *odd)
+{
+    v_split_bf16(_mm512_loadu_si512(p), even, odd);
+}
+static inline void v_load2_bf16_n(const uint16_t *p, int n, vf *even, vf *odd)
+{
+    v_split_bf16(_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p), even, odd);
+}
 static inline vf v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline vf v_load_f16_n(const uint16_t *p, int n)
 {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(v_head(n), p));
 }
+
+static inline vf v_from_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
+static inline vf v_load_i8(const void *p) { return v_from_i8(_mm_loadu_si128((const __m128i *)p)); }
+static inline vf v_load_i8_n(const void *p, int n) { return v_from_i8(_mm_maskz_loadu_epi8(v_head(n), p)); }
+/* float8_e4m3fn / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger by 8; the NaN of
+ * fp8 has the largest exponent of fp8 only, so it is made one of fp16 */
+static inline vf v_from_f8(__m128i x)
+{
+    __m256i w = _mm256_cvtepi8_epi16(x);
+    __m256i h = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff));
+    vm nan = _mm256_cmpeq_epi16_mask(_mm256_or_si256(w, _mm256_set1_epi16((short)0xff80)), _mm256_set1_epi16(-1));
+    return _mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, h, _mm256_set1_epi16(-1)));
+}
+static inline vf v_load_f8(const void *p) { return v_from_f8(_mm_loadu_si128((const __m128i *)p)); }
+static inline vf v_load_f8_n(const void *p, int n) { return v_from_f8(_mm_maskz_loadu_epi8(v_head(n), p)); }
 
 /* round to nearest even; a NaN stays one */
 static inline __m256i v_to_bf16(vf x)

@@ -71,7 +71,9 @@ fa_fwd_scratch fa_fwd_scratch_of(const fa_args *a, const fa_target *t, int64_t c
 
 fa_rows_scratch fa_rows_scratch_of(const fa_args *a, const fa_target *t)
 {
-    int64_t rows = FA_ROWS_MAX, d_pad = fa_padded(a->q.size[3], t->lanes), dv_pad = fa_padded(a->v.size[3], t->lanes);
+    int64_t rows = FA_ROWS_MAX;
+    int pair = 2 * t->lanes; /* bf16 comes in pairs of vectors */
+    int64_t d_pad = fa_padded(a->q.size[3], pair), dv_pad = fa_padded(a->v.size[3], pair);
     fa_rows_scratch s = {0};
     s.q = take(&s.bytes, rows * d_pad * 4);
     s.scores = take(&s.bytes, rows * t->key_block * 4);

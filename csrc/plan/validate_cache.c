@@ -51,9 +51,6 @@ static fa_status check_target(const char *name, const fa_tensor *t, const int64_
 static fa_status check_new_rows(const fa_append_args *a, fa_error *err)
 {
     const fa_tensor *k = &a->k_new, *v = &a->v_new;
-    if (!is_given(k) || !is_given(v))
-        return refuse(err, FA_ERR_SHAPE, "%s is given and %s is not: k_new and v_new must be given together",
-                      is_given(k) ? "k_new" : "v_new", is_given(k) ? "v_new" : "k_new");
     if (!is_float(k->dtype) || k->dtype != v->dtype)
         return refuse(err, FA_ERR_SHAPE,
                       "k_new and v_new have dtypes %s and %s: they must be the same, one of float32, bfloat16, float16 "
@@ -230,7 +227,7 @@ static fa_status check_pages(const fa_append_args *a, int64_t n, int64_t length,
         int64_t page = fa_index_at(t, n * t->stride[0] + at * t->stride[1]);
         if (page < 0 || page >= pages)
             return refuse(err, FA_ERR_SHAPE,
-                          "block_table[%" PRId64 ", %" PRId64 "] is %" PRId64 " and k_new is written there: it must be "
+                          "block_table[%" PRId64 "][%" PRId64 "] is %" PRId64 " and k_new is written there: it must be "
                           "between 0 and %" PRId64 ", the last page of the cache",
                           n, at, page, pages - 1);
     }
@@ -268,12 +265,15 @@ static fa_status check_append_values(const fa_append_args *a, fa_error *err)
 fa_status fa_validate_append(const fa_append_args *a, fa_error *err)
 {
     const int64_t N = append_sequences(a);
+    if (is_given(&a->k_new) != is_given(&a->v_new))
+        return refuse(err, FA_ERR_SHAPE, "%s is given and %s is not: k_new and v_new must be given together",
+                      is_given(&a->k_new) ? "k_new" : "v_new", is_given(&a->k_new) ? "v_new" : "k_new");
     if (N < 0)
         return refuse(err, FA_ERR_SHAPE, "cu_seqlens has no elements: it must hold one more than there are sequences");
     TRY(check_lengths("cache_seqlens", &a->seqlens, N, err));
     if (!is_given(&a->seqlens))
         return refuse(err, FA_ERR_SHAPE, "cache_seqlens is None: it must be given");
-    if (is_given(&a->k_new) || is_given(&a->v_new)) {
+    if (is_given(&a->k_new)) {
         TRY(check_lengths("cu_seqlens", &a->cu_new, N + 1, err));
         TRY(check_new_rows(a, err));
         TRY(check_cache(a, err));

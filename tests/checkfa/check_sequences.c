@@ -510,8 +510,95 @@ static seq_case random_case(ck_rng *r)
     return c;
 }
 
+/* ---- refusals ---------------------------------------------------------------------------------------------------- */
+
+typedef struct refusal {
+    const char *text; /* what the refusal says, in part */
+    bool pages, quantised, tree;
+    void (*spoil)(fa_args *a);
+} refusal;
+
+static void q_starts_late(fa_args *a) { put(&a->cu_q, 0, 0, 1); }
+static void q_decreases(fa_args *a) { put(&a->cu_q, 1, 0, 99), put(&a->cu_q, 2, 0, 3); }
+static void q_ends_late(fa_args *a) { put(&a->cu_q, 2, 0, 1000); }
+static void k_negative(fa_args *a) { put(&a->cu_k, 1, 0, -5); }
+static void k_short(fa_args *a) { a->cu_k.size[0] = 2; }
+static void q_float(fa_args *a) { a->cu_q.dtype = FA_F32; }
+static void no_offsets(fa_args *a) { a->cu_q.size[0] = 0; }
+static void length_negative(fa_args *a) { put(&a->kv_seqlens, 1, 0, -1); }
+static void length_beyond(fa_args *a) { put(&a->kv_seqlens, 1, 0, 1000); }
+static void page_beyond(fa_args *a) { put(&a->block_table, 1, 0, a->k.size[0]); }
+static void page_negative(fa_args *a) { put(&a->block_table, 0, 1, -1); }
+static void page_sizes(fa_args *a) { a->page_size = 5; }
+static void table_rows(fa_args *a) { a->block_table.size[0] = 1; }
+static void table_dtype(fa_args *a) { a->block_table.dtype = FA_F32; }
+static void no_lengths(fa_args *a) { a->kv_seqlens = (fa_tensor){0}; }
+static void no_table(fa_args *a) { a->block_table = (fa_tensor){0}; }
+static void no_scale(fa_args *a) { a->v_scale = (fa_tensor){0}; }
+static void scale_dtype(fa_args *a) { a->k_scale.dtype = FA_F16; }
+static void scale_heads(fa_args *a) { a->k_scale.size[1] = 3; }
+static void mixed_keys(fa_args *a) { a->v.dtype = a->k.dtype == FA_I8 ? FA_F8E4M3 : FA_I8; }
+static void foreign_scale(fa_args *a) { a->k_scale = a->sinks, a->k_scale.dtype = FA_F32; }
+static void tree_size(fa_args *a) { a->tree_mask.size[2]--; }
+static void tree_dtype(fa_args *a) { a->tree_mask.dtype = FA_I8; }
+static void tree_longer(fa_args *a) { put(&a->kv_seqlens, 0, 0, 1); }
+static void negative_splits(fa_args *a) { a->splits_wanted = -2; }
+static void with_mask(fa_args *a) { a->mask = a->lse; }
+static void not_by_sequence(fa_args *a) { a->by_sequence = false; }
+static void key_heads(fa_args *a) { a->k.size[1] = a->v.size[1] = 3; }
+
+static void refusals(void)
+{
+    static const refusal all[] = {
+        {"cu_seq_q[0] is 1", 0, 0, 0, q_starts_late},
+        {"cu_seq_q[1] is 99", 0, 0, 0, q_decreases},
+        {"cu_seq_q[2] is 1000", 0, 0, 0, q_ends_late},
+        {"cu_seq_k[1] is -5: it must be between 0", 0, 0, 0, k_negative},
+        {"cu_seq_k has 2 elements: it must have 3", 0, 0, 0, k_short},
+        {"cu_seq_q has dtype float32", 0, 0, 0, q_float},
+        {"at least one", 0, 0, 0, no_offsets},
+        {"seqused_k[1] is -1", 1, 0, 0, length_negative},
+        {"seqused_k[1] is 1000", 1, 0, 0, length_beyond},
+        {"cache_seqlens[1] is 1000", 1, 0, 1, length_beyond},
+        {"block_table[1][0] is", 1, 0, 0, page_beyond},
+        {"block_table[0][1] is -1", 1, 0, 0, page_negative},
+        {"page_size is 5", 1, 0, 0, page_sizes},
+        {"block_table has shape (1,", 1, 0, 0, table_rows},
+        {"block_table has dtype float32", 1, 0, 0, table_dtype},
+        {"without lengths", 1, 0, 0, no_lengths},
+        {"without block_table", 1, 0, 0, no_table},
+        {"needs v_scale", 1, 1, 0, no_scale},
+        {"k_scale has dtype float16", 0, 1, 0, scale_dtype},
+        {"k_scale has shape (1, 3, 1, 1)", 0, 1, 0, scale_heads},
+        {"they must be the same", 0, 1, 0, mixed_keys},
+        {"k_scale is given and key has dtype float32", 0, 0, 0, foreign_scale},
+        {"tree_mask has shape (2, 4, 5)", 0, 0, 1, tree_size},
+        {"tree_mask has dtype int8", 0, 0, 1, tree_dtype},
+        {"cache_seqlens[0] is 1: it must be between 5", 1, 0, 1, tree_longer},
+        {"num_splits is -2", 0, 0, 0, negative_splits},
+        {"attn_mask is given", 0, 0, 0, with_mask},
+        {"need by_sequence", 0, 0, 0, not_by_sequence},
+        {"query has 2 heads, key and value 3", 1, 0, 0, key_heads},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        seq_case c = {.dtype = FA_F32, .stored = all[i].quantised ? FA_I8 : FA_F32, .N = 2, .HQ = 2, .HK = 2, .D = 8,
+                      .DV = 8, .page = all[i].pages ? 4 : 0, .q_len = {5, 5}, .k_len = {7, 9}, .left = -1,
+                      .right = all[i].tree ? -1 : 0, .sinks = true, .tree = all[i].tree, .seed = i};
+        seq_problem p;
+        fa_error before = {""}, after = {""};
+        make_problem(&p, &c);
+        fa_status valid = fa_validate_forward(&p.a, &before);
+        all[i].spoil(&p.a);
+        fa_status status = fa_validate_forward(&p.a, &after);
+        ck_result("refusals", valid == FA_OK && status != FA_OK && strstr(after.text, all[i].text), 0,
+                  "before '%s', after '%s', which should say '%s'", before.text, after.text, all[i].text);
+        free_problem(&p);
+    }
+}
+
 void ck_check_sequences(void)
 {
+    refusals();
     for (int n = 0; n < (ck_opt.quick ? 60 : 400); n++) {
         ck_rng r;
         if (!ck_next_case(&r))
