@@ -10,6 +10,8 @@ from compare import check
 from sequences import (DTYPES, FLOATS, QUANTISED, dequantise, eager, name_of, normal, of_sequence, paginate, quantise,
                        same_bits, turning)
 
+pytestmark = pytest.mark.usefixtures("device")
+
 KINDS = ("tensor", "head", "sequence", "token")
 LENGTHS = [0, 5, 64, 66, 1]
 OPTIONS = {
@@ -434,7 +436,7 @@ def test_num_splits_changes_the_order_of_sums():
 def test_autocast():
     step = Step(torch.bfloat16)
     want = step.call()[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert torch.equal(step.call(query=step.q.float())[0], want)
         (k, k_scale), (v, v_scale) = (quantise(x, torch.int8, "head") for x in (step.k, step.v))
         assert step.call(query=step.q.float(), k_cache=k, v_cache=v, k_scale=k_scale,

@@ -15,7 +15,7 @@ extern "C" {
 /* What a family of kernels offers for one direction. All tensors of `a` are memory of the current device. */
 typedef struct fa_cuda_family {
     const char *target; /* "sm90", "sm80", "plain" */
-    int capability;     /* major compute capability that it needs */
+    bool (*runs_on)(int major); /* its code runs on this compute capability; 0: no GPU */
     bool (*kernel)(int i, fa_kernel_info *info); /* name and dtype of its i-th kernel; false behind the last */
     bool (*can)(const fa_args *a, int device);
     void (*plan)(const fa_args *a, int device, fa_plan *plan); /* kernel, tiles, splits, workspace */
@@ -23,6 +23,9 @@ typedef struct fa_cuda_family {
 } fa_cuda_family;
 
 extern const fa_cuda_family fa_fwd_sm80, fa_bwd_sm80, fa_fwd_plain, fa_bwd_plain;
+
+/* Compute capability 8.0 and everything newer. */
+bool fa_runs_on_sm80(int major);
 
 /* What backward keeps for each row of q, in this order in the workspace: the log-sum-exp in units of log2 (+inf for a
  * row that sees nothing), and rowsum(dO * O) - dLSE. fp32, fp64 for float64. */

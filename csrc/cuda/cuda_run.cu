@@ -5,29 +5,38 @@
 
 #include "cuda.h"
 
-/* ---- the families, best first --------------------------------------------------------------------------------------- */
+/* ---- the families, best first ------------------------------------------------------------------------------------- */
 
+/* To add one: its fa_cuda_family in cuda.h, an entry here, its sources in CMakeLists.txt. The last of a list takes every
+ * call. */
 static const fa_cuda_family *const FORWARD[] = {&fa_fwd_sm80, &fa_fwd_plain};
 static const fa_cuda_family *const BACKWARD[] = {&fa_bwd_sm80, &fa_bwd_plain};
-enum { FAMILIES = sizeof FORWARD / sizeof FORWARD[0] };
 
-/* The environment variable FLASHATTN_EXT_CUDA_ARCH names the first family that may be used. */
-static int first_family(const fa_cuda_family *const *families)
+struct families {
+    const fa_cuda_family *const *list;
+    int n;
+};
+
+static families families_of(bool backward)
 {
-    const char *asked = getenv("FLASHATTN_EXT_CUDA_ARCH");
-    for (int i = 0; asked && i < FAMILIES; i++)
-        if (!strcmp(families[i]->target, asked))
-            return i;
-    return 0;
+    if (backward)
+        return {BACKWARD, sizeof BACKWARD / sizeof BACKWARD[0]};
+    return {FORWARD, sizeof FORWARD / sizeof FORWARD[0]};
 }
 
 static const fa_cuda_family *family_of(const fa_args *a, bool backward)
 {
-    const fa_cuda_family *const *families = backward ? BACKWARD : FORWARD;
-    for (int i = first_family(families); i < FAMILIES - 1; i++)
-        if (families[i]->can(a, a->device))
-            return families[i];
-    return families[FAMILIES - 1];
+    const families f = families_of(backward);
+    const char *asked = getenv("FLASHATTN_EXT_CUDA_ARCH"); /* the first family that may be used */
+    int first = 0, major = 0;
+    for (int i = 0; asked && i < f.n; i++)
+        if (!strcmp(f.list[i]->target, asked))
+            first = i;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, a->device);
+    for (int i = first; i < f.n - 1; i++)
+        if (f.list[i]->runs_on(major) && f.list[i]->can(a, a->device))
+            return f.list[i];
+    return f.list[f.n - 1];
 }
 
 /* ---- devices and errors --------------------------------------------------------------------------------------------- */
@@ -112,17 +121,11 @@ fa_status fa_cuda_run_forward(const fa_args *a, const fa_plan *p, const fa_exec 
 
 fa_status fa_cuda_run_backward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
 {
-    const cudaStream_t stream = (cudaStream_t)exec->stream;
     fa_status status = check_workspace(p, exec, err);
     if (status)
         return status;
     return on_device(a->device, err, [&] {
-        fa_status status = fa_bwd_rows_launch(a, exec->workspace, stream, err);
-        if (!status)
-            status = family_of(a, true)->launch(a, p, exec->workspace, stream, err);
-        if (!status && a->dsinks.data)
-            status = fa_dsinks_launch(a, exec->workspace, stream, err);
-        return status;
+        return family_of(a, true)->launch(a, p, exec->workspace, (cudaStream_t)exec->stream, err);
     });
 }
 
@@ -149,15 +152,17 @@ int fa_cuda_kernels(fa_kernel_info *list, int n)
     int count = 0, major = 0;
     if (fa_cuda_devices() > 0)
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-    for (int i = 0; i < 2 * FAMILIES; i++) {
-        const fa_cuda_family *f = (i % 2 ? BACKWARD : FORWARD)[i / 2];
-        fa_kernel_info info;
-        for (int k = 0; f->kernel(k, &info); k++, count++) {
-            info.target = f->target;
-            info.op = i % 2 ? "bwd" : "fwd";
-            info.usable = major >= f->capability;
-            if (count < n)
-                list[count] = info;
+    for (int backward = 0; backward < 2; backward++) {
+        const families f = families_of(backward);
+        for (int i = 0; i < f.n; i++) {
+            fa_kernel_info info = {};
+            for (int k = 0; f.list[i]->kernel(k, &info); k++, count++) {
+                info.target = f.list[i]->target;
+                info.op = backward ? "bwd" : "fwd";
+                info.usable = f.list[i]->runs_on(major);
+                if (count < n)
+                    list[count] = info;
+            }
         }
     }
     return count;

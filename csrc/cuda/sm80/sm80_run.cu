@@ -17,6 +17,11 @@ struct entry {
 static const entry FORWARD[3][4] = {ENTRIES(fwd, f32), ENTRIES(fwd, bf16), ENTRIES(fwd, f16)};
 static const entry BACKWARD[3][4] = {ENTRIES(bwd, f32), ENTRIES(bwd, bf16), ENTRIES(bwd, f16)};
 
+bool fa_runs_on_sm80(int major)
+{
+    return major >= 8;
+}
+
 static bool kernel_of(const entry (&table)[3][4], int i, fa_kernel_info *info)
 {
     if (i >= 12)
@@ -66,18 +71,22 @@ static bool can_forward(const fa_args *a, int device)
     return fits(a, device, false);
 }
 
-/* Keys are split where the tiles of a sequence (with by_sequence of one, else of all) leave most of a GPU idle; by the
- * shape alone, so that results are the same on every GPU. */
+/* Keys are split where the tiles leave most of a GPU idle; by the shape alone, so that results are the same on every
+ * GPU. A sequence that is planned alone has parts of one size, whatever room lies behind its keys: parts without a key
+ * change no bit. */
 static void plan_splits(const fa_args *a, int64_t blocks, fa_plan *p)
 {
-    enum { BLOCKS = 264, KEYS_LEAST = 256 };
-    int64_t sk = a->page_size ? a->block_table.size[1] * a->page_size : a->k.size[2], parts = 1;
+    enum { BLOCKS = 264, KEYS_LEAST = 256, KEYS_ALONE = 512 };
+    const int64_t sk = a->page_size ? a->block_table.size[1] * a->page_size : a->k.size[2];
+    const int64_t alone = a->by_sequence ? blocks / fa_max64(a->q.size[0], 1) : blocks;
+    int64_t keys = fa_max64(sk, 1);
     if (a->splits_wanted > 0)
-        parts = a->splits_wanted;
-    else if (!a->cu_q.data && !a->cu_k.data && blocks > 0)
-        parts = fa_min64(BLOCKS / (a->by_sequence ? blocks / fa_max64(a->q.size[0], 1) : blocks), sk / KEYS_LEAST);
-    parts = fa_max64(1, fa_min64(parts, fa_ceil_div(sk, p->block_keys)));
-    p->split_keys = fa_max64(p->block_keys, fa_round_up(fa_ceil_div(sk, parts), p->block_keys));
+        keys = fa_ceil_div(keys, a->splits_wanted);
+    else if (a->by_sequence && !a->cu_q.data && 2 * alone <= BLOCKS)
+        keys = KEYS_ALONE;
+    else if (!a->by_sequence && alone > 0)
+        keys = fa_ceil_div(keys, fa_max64(1, fa_min64(BLOCKS / alone, sk / KEYS_LEAST)));
+    p->split_keys = fa_round_up(keys, p->block_keys);
     p->splits = fa_max64(1, fa_ceil_div(sk, p->split_keys));
 }
 
@@ -116,7 +125,7 @@ static bool forward_kernel(int i, fa_kernel_info *info)
     return kernel_of(FORWARD, i, info);
 }
 
-extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", 8, forward_kernel, can_forward, plan_forward, launch_forward};
+extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", fa_runs_on_sm80, forward_kernel, can_forward, plan_forward, launch_forward};
 
 /* ---- backward ------------------------------------------------------------------------------------------------------ */
 
@@ -151,14 +160,16 @@ static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *wo
     p.lse2 = (const float *)workspace;
     p.delta = (const float *)((char *)workspace + fa_bwd_rows_bytes(a) / 2);
     const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
-    fa_status status = FA_OK;
-    if (a->dk.data || a->dv.data)
+    fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
+    if (!status && (a->dk.data || a->dv.data))
         status = e->launch(e->name, FA_PASS_DKV, p, plan->tasks, stream, err);
     p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
     if (!status && a->dq.data)
         status = e->launch(e->name, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
     if (!status && a->dmask.data)
         status = e->launch(e->name, FA_PASS_DMASK, p, dmask_blocks(a, plan), stream, err);
+    if (!status && a->dsinks.data)
+        status = fa_dsinks_launch(a, workspace, stream, err);
     return status;
 }
 
@@ -167,4 +178,4 @@ static bool backward_kernel(int i, fa_kernel_info *info)
     return kernel_of(BACKWARD, i, info);
 }
 
-extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", 8, backward_kernel, can_backward, plan_backward, launch_backward};
+extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", fa_runs_on_sm80, backward_kernel, can_backward, plan_backward, launch_backward};

@@ -243,8 +243,8 @@ static fa_status launch(const fa_args *a, const fa_plan *p, void *workspace, cud
     params.a = *a;
     params.lse2 = workspace;
     params.delta = (char *)workspace + fa_bwd_rows_bytes(a) / 2;
-    fa_status status = FA_OK;
-    if (a->dq.data)
+    fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
+    if (!status && a->dq.data)
         status = fa_launch(p->kernel, fa_bwd_plain_queries, p->tasks, 1, p->threads, p->thread_bytes, stream, params,
                            err);
     const int64_t keys = (a->cu_k.data ? a->cu_k.size[0] : a->k.size[0]) * a->k.size[1];
@@ -255,7 +255,9 @@ static fa_status launch(const fa_args *a, const fa_plan *p, void *workspace, cud
     if (!status && a->dmask.data)
         status = fa_launch(p->kernel, fa_dmask_plain, fa_ceil_div(m[0] * m[1] * m[2] * m[3], FA_PLAIN_WARPS), 1,
                            p->threads, 0, stream, params, err);
+    if (!status && a->dsinks.data)
+        status = fa_dsinks_launch(a, workspace, stream, err);
     return status;
 }
 
-extern "C" const fa_cuda_family fa_bwd_plain = {"plain", 8, kernel, can, plan, launch};
+extern "C" const fa_cuda_family fa_bwd_plain = {"plain", fa_runs_on_sm80, kernel, can, plan, launch};

@@ -141,4 +141,4 @@ static fa_status launch(const fa_args *a, const fa_plan *p, void *workspace, cud
     return fa_launch(p->kernel, fa_fwd_plain_kernel, p->tasks, 1, p->threads, p->thread_bytes, stream, params, err);
 }
 
-extern "C" const fa_cuda_family fa_fwd_plain = {"plain", 8, kernel, can, plan, launch};
+extern "C" const fa_cuda_family fa_fwd_plain = {"plain", fa_runs_on_sm80, kernel, can, plan, launch};
