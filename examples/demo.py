@@ -2,13 +2,14 @@
 
 SmolLM2-135M-Instruct (9 query heads over 3 key/value heads, head dimension 64) reads a prompt of about 2,300 tokens and
 writes 24 greedy tokens: once with eager attention, once with torch's scaled_dot_product_attention, once with
-flashattn_ext, each in a process of its own.
+flashattn_ext, each in a process of its own. Then it answers several prompts at once, three of very different lengths
+and sixteen short ones, by transformers' continuous batching, with the latter two.
 
     python examples/demo.py [--tokens 2300] [--new 24] [--file TEXT] [--question TEXT] [--dtype float32] [--device cpu]
-                            [--json FILE]
+                            [--no-batches] [--json FILE]
 
-Exit status: 0 only if flashattn_ext gave eager's tokens and every attention call went through it; 1 if not; 2 for a
-wrong option or a missing package. Needs no network.
+Exit status: 0 only if flashattn_ext gave eager's tokens, in the batches SDPA's, and every attention call went through
+it; 1 if not; 2 for a wrong option or a missing package. Needs no network.
 """
 
 import argparse
@@ -23,9 +24,12 @@ from smollm import CONTEXT
 
 HERE = Path(__file__).resolve().parent
 IMPLEMENTATIONS = ("eager", "sdpa", "ours")
+BATCH_IMPLEMENTATIONS = ("sdpa", "ours")
 LABELS = {"eager": "eager", "sdpa": "torch SDPA", "ours": "flashattn_ext"}
 QUESTION_TOPICS = "What is the with statement used for?"
 QUESTION_FILE = "What is the text above about?"
+SHORT = 128  # tokens of a short prompt, and
+MANY = 16    # how many of them make a batch
 
 
 class RunFailed(RuntimeError):
@@ -53,13 +57,28 @@ def build_prompt(tokenizer, text: str, question: str, tokens: int) -> list[int]:
 
     room = tokens - len(ids_of(""))
     if room < 1:
-        raise ValueError(f"--tokens {tokens} leaves no room for the text: the question and the template take "
+        raise ValueError(f"{tokens} tokens (--tokens) leave no room for the text: the question and the template take "
                          f"{tokens - room}")
     # Cut by tokens, then once more by what re-tokenizing the cut text adds.
     text_ids = tokenizer(text[: 16 * tokens])["input_ids"]
     ids = ids_of(tokenizer.decode(text_ids[:room]))
     surplus = max(0, len(ids) - tokens)
     return ids_of(tokenizer.decode(text_ids[: room - surplus])) if surplus else ids
+
+
+def build_batches(tokenizer, text: str, question: str, tokens: int) -> dict[str, list[list[int]]]:
+    """The batches by name: prompts of very different lengths, and many short ones, each on a part of its own of the
+    text."""
+
+    def prompts(*sizes: int) -> list[list[int]]:
+        starts = [len(text) * i // len(sizes) for i in range(len(sizes))]
+        return [build_prompt(tokenizer, text[start:], question, size) for start, size in zip(starts, sizes)]
+
+    ragged = prompts(*(min(tokens, max(SHORT, tokens * percent // 100)) for percent in (13, 50, 100)))
+    many = prompts(*[min(tokens, SHORT)] * MANY)
+    lengths = [sorted(map(len, batch)) for batch in (ragged, many)]
+    return {f"{len(ragged)} texts, tokens: {', '.join(f'{n:,}' for n in lengths[0])}": ragged,
+            f"{MANY} texts, tokens: {lengths[1][-1]} each": many}
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -96,6 +115,21 @@ def run_all(args, prompt: list[int], scratch: Path, advance) -> tuple[dict, dict
         except RunFailed as error:
             errors[name] = str(error)
         advance(name, {"kind": "end"})
+    return results, errors
+
+
+def run_batches(args, batches: dict, scratch: Path, advance) -> tuple[dict, dict]:
+    """The batches with each implementation -> (results by name, errors by name)."""
+    (scratch / "batches.json").write_text(json.dumps(batches))
+    results, errors = {}, {}
+    for name in BATCH_IMPLEMENTATIONS:
+        command = [str(HERE / "batch.py"), "--attention", name, "--batches", str(scratch / "batches.json"), "--dtype",
+                   args.dtype, "--device", args.device, "--new", str(args.new)]
+        try:
+            results[name] = run_process(command, lambda event, name=name: advance(f"{name} batches", event))
+        except RunFailed as error:
+            errors[name] = str(error)
+        advance(f"{name} batches", {"kind": "end"})
     return results, errors
 
 
@@ -141,6 +175,19 @@ def judge(results: dict, errors: dict) -> list[str]:
     return reasons
 
 
+def judge_batches(results: dict, errors: dict) -> list[str]:
+    """The same for the batches, where SDPA's tokens are the measure."""
+    reasons = [f"{LABELS[name]} did not run the batches: {text}" for name, text in errors.items()]
+    ours, sdpa = results.get("ours"), results.get("sdpa")
+    for batch, run in (ours or {"batches": {}})["batches"].items():
+        if sdpa is not None and run["tokens"] != sdpa["batches"][batch]["tokens"]:
+            reasons.append(f"flashattn_ext's tokens are not SDPA's: {batch}")
+        expected = ours["layers"] * run["forward_passes"]
+        if run["calls"] != expected:
+            reasons.append(f"flashattn_ext was called {run['calls']} times instead of {expected}: {batch}")
+    return reasons
+
+
 # ---- what the user sees ----------------------------------------------------------------------------------------------
 
 
@@ -160,6 +207,40 @@ def table_rows(results: dict) -> list[list[str]]:
         rows.append([LABELS[name], f"{r['prefill_seconds']:.2f}", f"{r['prompt_tokens'] / r['prefill_seconds']:,.0f}",
                      decode, extra, same, logits])
     return rows
+
+
+def batch_rows(batches: dict, results: dict) -> list[list[str]]:
+    rows = []
+    for batch, prompts in batches.items():
+        for name, label in zip(BATCH_IMPLEMENTATIONS, batch.split(": ")):  # in two lines, for narrow terminals
+            r = results.get(name, {"batches": {}})["batches"].get(batch)
+            if r is None:
+                rows.append([label, LABELS[name], *["-"] * 4])
+                continue
+            tokens = sum(map(len, prompts)) + sum(map(len, r["tokens"]))
+            extra = "not measured" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:,.0f}"
+            same = ""
+            if name == "ours" and "sdpa" in results:
+                equal = sum(a == b for a, b in zip(r["tokens"], results["sdpa"]["batches"][batch]["tokens"]))
+                same = "all" if equal == len(prompts) else f"{equal} of {len(prompts)} texts"
+            rows.append([label, LABELS[name], f"{r['seconds']:.2f}", f"{tokens / r['seconds']:,.0f}", extra, same])
+    return rows
+
+
+def show_batches(console, args, batches: dict, results: dict) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"Several prompts at once by continuous batching, {args.new} tokens written for each")
+    table.add_column("prompts", no_wrap=True)
+    table.add_column("attention", no_wrap=True)
+    for heading in ("whole\ns", "in and out\ntokens/s", "extra\nMiB", "SDPA's\ntokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in batch_rows(batches, results):
+        table.add_row(*row)
+    console.print(table)
+    console.print("- With SDPA each step attends over a mask of all the batch's tokens by all they read; flashattn_ext "
+                  "takes the sequences as they are, and reads the cache's pages in place.", markup=False,
+                  highlight=False, style="dim")
 
 
 def notes(results: dict, dtype: str) -> list[str]:
@@ -182,7 +263,7 @@ def notes(results: dict, dtype: str) -> list[str]:
     return lines
 
 
-def show(console, args, results: dict, errors: dict, reasons: list[str]) -> None:
+def show(console, args, results: dict) -> None:
     from rich.table import Table
 
     if results:
@@ -204,36 +285,48 @@ def show(console, args, results: dict, errors: dict, reasons: list[str]) -> None
             console.print(f"Answer ({', '.join(names)}): {text}", markup=False)
         for line in notes(results, args.dtype):
             console.print(f"- {line}", markup=False, highlight=False, style="dim")
+
+
+def show_verdict(console, results: dict, batch_results: dict, reasons: list[str]) -> None:
     if reasons:
         for reason in reasons:
             console.print(f"FAILED: {reason}", markup=False, style="bold red")
         return
     ours, low_high = results["ours"], results["eager"]["logit_range"]
+    batches = "; its batches gave SDPA's tokens" if batch_results else ""
     console.print(f"OK: flashattn_ext gave eager's {len(ours['tokens'])} tokens; the logits, which range from "
                   f"{low_high[0]:.1f} to {low_high[1]:.1f}, differ by at most {ours['logit_difference_prefill']:.1e} "
                   f"after the prefill and {ours['logit_difference']:.1e} over all steps; it was called {ours['calls']} "
-                  f"times = {ours['layers']} layers x {ours['forward_passes']} forward passes.",
+                  f"times = {ours['layers']} layers x {ours['forward_passes']} forward passes{batches}.",
                   markup=False, style="bold green")
 
 
-def run_with_progress(console, args, prompt: list[int], scratch: Path) -> tuple[dict, dict]:
+def run_with_progress(console, args, prompt: list[int], batches: dict, scratch: Path):
+    """((results, errors) of the one prompt, the same of the batches)."""
     from generate import PREFILLS
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[doing]}"), TimeElapsedColumn())
+    steps = dict.fromkeys(IMPLEMENTATIONS, PREFILLS + args.new)
+    if batches:
+        steps.update({f"{name} batches": len(batches) for name in BATCH_IMPLEMENTATIONS})
     with Progress(*columns, console=console, transient=True) as progress:
-        tasks = {name: progress.add_task(f"{LABELS[name]:14}", total=PREFILLS + args.new, doing="waiting", start=False)
-                 for name in IMPLEMENTATIONS}
+        tasks = {}
+        for name, total in steps.items():
+            words = name.split()
+            label = " ".join([LABELS[words[0]], *words[1:]])
+            tasks[name] = progress.add_task(f"{label:22}", total=total, doing="waiting", start=False)
 
         def advance(name: str, event: dict) -> None:
             progress.start_task(tasks[name])
             if event["kind"] == "end":
-                progress.update(tasks[name], completed=PREFILLS + args.new, doing="done")
+                progress.update(tasks[name], completed=steps[name], doing="done")
                 progress.stop_task(tasks[name])
             else:
                 progress.update(tasks[name], completed=event["done"], doing=event["kind"])
 
-        return run_all(args, prompt, scratch, advance)
+        one = run_all(args, prompt, scratch, advance)
+        return one, run_batches(args, batches, scratch, advance) if batches else ({}, {})
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -247,6 +340,7 @@ def parse_options(argv) -> argparse.Namespace:
     parser.add_argument("--question", help="what to ask about the text")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--no-batches", action="store_true", help="leave out the part with several prompts at once")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
     if args.new < 1:
@@ -289,21 +383,27 @@ def main(argv=None) -> int:
     console = Console()
     try:
         tokenizer = smollm.load_tokenizer(prepare(console))
-        prompt = build_prompt(tokenizer, long_text(args.file), args.question, args.tokens)
+        text = long_text(args.file)
+        prompt = build_prompt(tokenizer, text, args.question, args.tokens)
+        batches = {} if args.no_batches else build_batches(tokenizer, text, args.question, args.tokens)
     except (smollm.ModelMissing, ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        results, errors = run_with_progress(console, args, prompt, Path(folder))
+        (results, errors), (batch_results, batch_errors) = run_with_progress(console, args, prompt, batches,
+                                                                             Path(folder))
         if "eager" in results:
             compare(results, Path(folder))
     for result in results.values():
         result["answer"] = tokenizer.decode(result["tokens"], skip_special_tokens=True).strip()
-    reasons = judge(results, errors)
-    show(console, args, results, errors, reasons)
+    reasons = judge(results, errors) + judge_batches(batch_results, batch_errors)
+    show(console, args, results)
+    if batch_results:
+        show_batches(console, args, batches, batch_results)
+    show_verdict(console, results, batch_results, reasons)
     if args.json:
         report = {"model": smollm.NAME, "dtype": args.dtype, "device": args.device, "question": args.question,
-                  "ok": not reasons, "failures": reasons, "runs": results}
+                  "ok": not reasons, "failures": reasons, "runs": results, "batches": batch_results}
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     return 1 if reasons else 0
 

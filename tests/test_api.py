@@ -25,11 +25,30 @@ def python(code, **environment):
 
 
 def test_public_names():
-    expected = {"scaled_dot_product_attention", "use_as_sdpa", "explain", "set_deterministic", "kernels", "build_info",
-                "__version__", "reference"}
+    expected = {"scaled_dot_product_attention", "varlen_attn", "decode_attention", "merge_attention", "PagedKVCache",
+                "CacheFull", "use_as_sdpa", "explain", "set_deterministic", "kernels", "build_info", "__version__",
+                "reference"}
     assert expected <= set(dir(fa))
     assert set(fa.__all__) == expected
     assert callable(fa.reference.attention)
+
+
+SIGNATURES = {
+    "varlen_attn": "(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, "
+                   "window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, "
+                   "softcap=0.0, sinks=None, alibi_slopes=None)",
+    "decode_attention": "(query, k_cache, v_cache, cache_seqlens, *, k_new=None, v_new=None, block_table=None, "
+                        "scale=None, causal=True, window=None, softcap=0.0, sinks=None, alibi_slopes=None, "
+                        "rope_cos=None, rope_sin=None, rope_interleaved=False, k_scale=None, v_scale=None, "
+                        "tree_mask=None, num_splits=None, batch_invariant=False, return_lse=False, out=None)",
+    "merge_attention": "(out_a, lse_a, out_b, lse_b)",
+    "PagedKVCache": "(num_pages, page_size, num_kv_heads, head_dim, *, v_head_dim=None, dtype, device, quant=None)",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_of_serving(name):
+    assert str(inspect.signature(getattr(fa, name))) == SIGNATURES[name]
 
 
 def test_signature_of_the_drop_in():
@@ -258,12 +277,13 @@ def test_explain_refuses_what_the_call_refuses(bad, error):
 def test_kernels_are_named_by_the_grammar():
     listed = fa.kernels()
     assert listed and len({k["name"] for k in listed}) == len(listed)
-    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+    floats = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+    short = {**floats, "int8": "i8", "float8_e4m3fn": "f8e4m3"}
     for kernel in listed:
         assert set(kernel) == {"name", "op", "target", "dtype", "usable"}
         assert kernel["name"] == f"fa_{kernel['op']}_{kernel['target']}_{short[kernel['dtype']]}"
     usable = {(k["op"], k["dtype"]) for k in listed if k["usable"]}
-    assert {(op, dtype) for op in ("fwd", "bwd") for dtype in short} <= usable
+    assert {(op, dtype) for op in ("fwd", "bwd") for dtype in floats} <= usable
 
 
 def test_build_info():

@@ -26,14 +26,16 @@ static inline void fa_narrow_to(fa_tensor *t, int dim, int64_t index, int64_t si
     t->size[dim] = size;
 }
 
-/* Sequence n of a call that has by_sequence, as a call with a batch of 1, on the same memory. */
-static inline fa_args fa_sequence(const fa_args *a, int64_t n)
+/* Sequence n of a call that has by_sequence, as a call with a batch of 1, on the same memory. Made in place: returning
+ * a struct of this size costs a tiny call as much again as making it. */
+static inline void fa_make_sequence(const fa_args *a, int64_t n, fa_args *s)
 {
-    fa_args s = *a;
-    s.by_sequence = false;
-    s.first_batch = a->first_batch + n;
-    fa_tensor *const rows[] = {&s.q, &s.out, &s.lse, &s.dout, &s.dlse, &s.dq}, *const keys[] = {&s.k, &s.v, &s.dk, &s.dv};
-    fa_tensor *const others[] = {&s.mask, &s.sinks, &s.alibi, &s.q_seqlens, &s.kv_seqlens, &s.tree_mask};
+    *s = *a;
+    s->by_sequence = false;
+    s->first_batch = a->first_batch + n;
+    fa_tensor *const rows[] = {&s->q, &s->out, &s->lse, &s->dout, &s->dlse, &s->dq};
+    fa_tensor *const keys[] = {&s->k, &s->v, &s->dk, &s->dv};
+    fa_tensor *const others[] = {&s->mask, &s->sinks, &s->alibi, &s->q_seqlens, &s->kv_seqlens, &s->tree_mask};
     int64_t q_first = a->cu_q.data ? fa_index_at(&a->cu_q, n * a->cu_q.stride[0]) : 0;
     int64_t q_len = a->cu_q.data ? fa_index_at(&a->cu_q, (n + 1) * a->cu_q.stride[0]) - q_first : a->q.size[2];
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
@@ -49,21 +51,27 @@ static inline fa_args fa_sequence(const fa_args *a, int64_t n)
     }
     for (size_t i = 0; i < sizeof others / sizeof others[0]; i++)
         fa_narrow_to(others[i], 0, n, 1);
-    fa_narrow_to(&s.block_table, 0, n, 1);
+    fa_narrow_to(&s->block_table, 0, n, 1);
     if (!(a->block_table.data && a->scale_per_token)) { /* of pages they are found as the pages are */
-        fa_narrow_to(&s.k_scale, 0, n, 1);
-        fa_narrow_to(&s.v_scale, 0, n, 1);
+        fa_narrow_to(&s->k_scale, 0, n, 1);
+        fa_narrow_to(&s->v_scale, 0, n, 1);
     }
-    s.cu_q = s.cu_k = (fa_tensor){0};
+    s->cu_q = s->cu_k = (fa_tensor){0};
     if (!a->dout.data) { /* backward also clears the gradients of keys past the length */
-        s.k.size[2] = s.v.size[2] = used;
-        s.kv_seqlens = (fa_tensor){0};
+        s->k.size[2] = s->v.size[2] = used;
+        s->kv_seqlens = (fa_tensor){0};
     }
     if (a->tree_mask.data) {
-        s.mask = s.tree_mask;
-        s.mask_first = used - q_len;
-        s.tree_mask = (fa_tensor){0};
+        s->mask = s->tree_mask;
+        s->mask_first = used - q_len;
+        s->tree_mask = (fa_tensor){0};
     }
+}
+
+static inline fa_args fa_sequence(const fa_args *a, int64_t n)
+{
+    fa_args s;
+    fa_make_sequence(a, n, &s);
     return s;
 }
 

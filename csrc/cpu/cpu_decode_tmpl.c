@@ -23,15 +23,16 @@
 
 #define KB FA_ROWS_KEY_BLOCK
 #define ROWS 4    /* most rows of a tile */
-#define GROUP 8   /* keys that all rows take before the next ones */
+#define GROUP VL  /* keys that all rows take before the next ones */
 #define COLS 8    /* most vectors of columns of a tile */
+#define FETCH_KEYS 2 /* keys of a tile of values between two steps of fetch */
 
 /* Keys of a tile of scores and vectors of a tile of outputs, by its rows: as many sums as registers can hold. */
 #ifdef FA_ISA_AVX512
 #define TILE_KEYS(rows) ((rows) == 1 ? 8 : 4)
 #define TILE_COLS(rows) ((rows) <= 2 ? 8 : 4)
 #else
-#define TILE_KEYS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
+#define TILE_KEYS(rows) ((rows) == 4 ? 2 : 4)
 #define TILE_COLS(rows) ((rows) == 1 ? 8 : (rows) == 4 ? 2 : 4)
 #endif
 
@@ -41,6 +42,8 @@ typedef struct rows {
     fa_span span;
     int64_t b, hk, d, dv, d_pad, dv_pad;
     int n;                  /* rows */
+    int block;              /* keys of a block, at most KB */
+    bool plain;             /* scores need their scale only */
     float *q;               /* [n][d_pad], in the order of place_of, as out */
     float *scores;          /* [n][KB], then the weights */
     float *out;             /* [n][dv_pad] */
@@ -76,10 +79,10 @@ static inline float unit_of(fa_dtype t)
     return t == FA_F8E4M3 ? 256 : 1;
 }
 
-/* vectors that one step along a row gives: bf16 comes as even and odd elements */
+/* vectors that one step along a row gives: bf16 comes as even and odd elements, fp8 as lower and upper ones */
 FA_INLINE int vectors_of(fa_dtype t)
 {
-    return t == FA_BF16 ? 2 : 1;
+    return t == FA_BF16 || t == FA_F8E4M3 ? 2 : 1;
 }
 
 /* where q and out keep element d of a row */
@@ -89,14 +92,16 @@ FA_INLINE int64_t place_of(int64_t d, fa_dtype t)
     return t == FA_BF16 ? d - at + at % 2 * VL + at / 2 : d;
 }
 
-/* n elements of a row from d on, 0 past them: one vector, of bf16 two */
+/* n elements of a row from d on, 0 past them: vectors_of(t) vectors */
 FA_INLINE void load_step(vf x[2], const char *row, int64_t d, int n, fa_dtype t)
 {
     const uint16_t *h = (const uint16_t *)(const void *)row + d;
     switch (t) {
     case FA_BF16: n >= 2 * VL ? v_load2_bf16(h, &x[0], &x[1]) : v_load2_bf16_n(h, n, &x[0], &x[1]); break;
     case FA_I8: x[0] = n >= VL ? v_load_i8(row + d) : v_load_i8_n(row + d, n); break;
-    case FA_F8E4M3: x[0] = n >= VL ? v_load_f8(row + d) : v_load_f8_n(row + d, n); break;
+    case FA_F8E4M3:
+        n >= 2 * VL ? v_load2_f8(row + d, &x[0], &x[1]) : v_load2_f8_n(row + d, n, &x[0], &x[1]);
+        break;
     default: x[0] = load_f32(row, d, n, 1, t); break;
     }
 }
@@ -108,7 +113,18 @@ FA_INLINE int step_part(int64_t d, int64_t n, fa_dtype t)
     return (int)(n - d < step ? n - d : step);
 }
 
-/* Where the keys first .. lie, at most KB of them and none past `end`. */
+/* Keys of a block where memory sets the pace: about 4096 bytes of K, then as many of V. In turns this short the
+ * prefetched blocks and the current ones fit the first-level cache together, and memory delivers two streams faster
+ * than one. */
+static inline int block_keys(int64_t row_bytes)
+{
+    int n = KB;
+    while (n > GROUP && n * row_bytes > 4096)
+        n /= 2;
+    return n;
+}
+
+/* Where the keys first .. lie, at most a block of them and none past `end`. */
 static void point_at(key_block *to, const rows *w, int64_t first, int64_t end)
 {
     const fa_args *a = w->a;
@@ -116,7 +132,7 @@ static void point_at(key_block *to, const rows *w, int64_t first, int64_t end)
     const int64_t size = size_of(k->dtype), k_step = row_step(k, (size_t)size),
                   v_step = row_step(v, (size_t)size);
     to->first = first;
-    to->n = (int)fa_max64(0, fa_min64(KB, end - first));
+    to->n = (int)fa_max64(0, fa_min64(w->block, end - first));
     const int64_t page_size = a->page_size ? a->page_size : INT64_MAX;
     int64_t inside = first % page_size;
     for (int i = 0; i < to->n; inside = 0) {
@@ -143,10 +159,19 @@ static void scales_of(key_block *to, const rows *w, fa_dtype dtype)
     }
 }
 
-FA_INLINE void prefetch_row(const char *row, int64_t bytes)
+/* The next block's rows, fetched while this one is worked on: evenly, as a core has room for some 20 misses at a time. */
+typedef struct ahead {
+    const char *const *next;
+    int rows, steps; /* rows are due over this many steps */
+    int due;         /* in rows * steps */
+    int64_t bytes;   /* of a row */
+} ahead;
+
+FA_INLINE void fetch(ahead *f)
 {
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch(row + i, _MM_HINT_T1); /* a block is as large as the first-level cache: not into that */
+    for (f->due += f->rows; f->due >= f->steps; f->due -= f->steps, f->next++)
+        for (int64_t i = 0; i < f->bytes; i += 64)
+            _mm_prefetch(*f->next + i, _MM_HINT_T0);
 }
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
@@ -164,7 +189,7 @@ FA_INLINE void dot_step(vf acc[ROWS][GROUP], const rows *w, const char *const *k
     for (int p = 0; p < vectors_of(dtype); p++) {
         FA_UNROLL
         for (int r = 0; r < nr; r++) {
-            vf y = v_load(q + r * w->d_pad + d + p * VL);
+            vf y = v_keep(v_load(q + r * w->d_pad + d + p * VL));
             FA_UNROLL
             for (int j = 0; j < nk; j++)
                 acc[r][j] = v_fma(x[j][p], y, acc[r][j]);
@@ -172,8 +197,8 @@ FA_INLINE void dot_step(vf acc[ROWS][GROUP], const rows *w, const char *const *k
     }
 }
 
-/* dots of nr rows of q with TILE_KEYS(nr) keys */
-FA_INLINE void dot_tile(const rows *w, const char *const *k, int row, int nr, float *s, fa_dtype dtype)
+/* Dots of nr rows of q with TILE_KEYS(nr) keys, as vectors whose lanes are still to be summed: sums[row][GROUP][VL] */
+FA_INLINE void dot_tile(const rows *w, const char *const *k, int row, int nr, float *sums, fa_dtype dtype)
 {
     const int nk = TILE_KEYS(nr), step = vectors_of(dtype) * VL;
     vf acc[ROWS][GROUP];
@@ -191,51 +216,74 @@ FA_INLINE void dot_tile(const rows *w, const char *const *k, int row, int nr, fl
         dot_step(acc, w, k, q, nr, d, (int)(w->d - d), dtype);
     FA_UNROLL
     for (int r = 0; r < nr; r++) {
-        if (nk >= 4) {
-            FA_UNROLL
-            for (int j = 0; j < nk; j += 4)
-                v_hsum4(s + r * KB + j, acc[r][j], acc[r][j + 1], acc[r][j + 2], acc[r][j + 3]);
-        } else if (r % 2 == 0) { /* two keys of two rows */
-            float sums[4];
-            v_hsum4(sums, acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]);
-            memcpy(s + r * KB, sums, 8);
-            memcpy(s + (r + 1) * KB, sums + 2, 8);
-        }
+        FA_UNROLL
+        for (int j = 0; j < nk; j++)
+            v_store(sums + (r * GROUP + j) * VL, acc[r][j]);
     }
 }
 
-FA_INLINE void dot_strip(const rows *w, const char *const *k, int row, int nr, float *s, fa_dtype dtype)
+/* Scores of nr rows and a GROUP of keys. The lanes are summed for a whole group: of a single tile they would be summed
+ * while the multipliers wait. */
+FA_INLINE void dot_strip(const rows *w, const char *const *k, int row, int nr, float *s, ahead *f, fa_dtype dtype)
 {
-    for (int j = 0; j < GROUP; j += TILE_KEYS(nr))
-        dot_tile(w, k + j, row, nr, s + j, dtype);
+    float sums[ROWS * GROUP * VL];
+    for (int j = 0; j < GROUP; j += TILE_KEYS(nr)) {
+        fetch(f);
+        dot_tile(w, k + j, row, nr, sums + j * VL, dtype);
+    }
+    for (int r = 0; r < nr; r++)
+        v_store(s + r * KB, v_hsums(sums + r * GROUP * VL));
+}
+
+/* tiles of a group of keys */
+static inline int dot_tiles(int rows)
+{
+    int rest = rows % ROWS;
+    return rows / ROWS * (GROUP / TILE_KEYS(ROWS)) + (rest ? GROUP / TILE_KEYS(rest) : 0);
 }
 
 FA_INLINE void dot_block(const rows *w, const key_block *now, const key_block *next, fa_dtype dtype)
 {
-    const int64_t row_bytes = w->d * size_of(dtype);
-    for (int j = 0; j < now->n; j += GROUP) {
-        for (int i = j; i < j + GROUP && i < next->n; i++)
-            prefetch_row(next->k[i], row_bytes);
+    ahead f = {.next = next->k, .rows = next->n, .bytes = w->d * size_of(dtype),
+               .steps = (now->n + GROUP - 1) / GROUP * dot_tiles(w->n)};
+    for (int j = 0; j < now->n; j += GROUP)
         for (int r = 0; r < w->n; r += ROWS) {
             float *s = w->scores + r * KB + j;
             switch (w->n - r) {
-            case 1: dot_strip(w, now->k + j, r, 1, s, dtype); break;
-            case 2: dot_strip(w, now->k + j, r, 2, s, dtype); break;
-            case 3: dot_strip(w, now->k + j, r, 3, s, dtype); break;
-            default: dot_strip(w, now->k + j, r, 4, s, dtype); break;
+            case 1: dot_strip(w, now->k + j, r, 1, s, &f, dtype); break;
+            case 2: dot_strip(w, now->k + j, r, 2, s, &f, dtype); break;
+            case 3: dot_strip(w, now->k + j, r, 3, s, &f, dtype); break;
+            default: dot_strip(w, now->k + j, r, 4, s, &f, dtype); break;
             }
         }
-    }
 }
 
 /* ---- values ------------------------------------------------------------------------------------------------------ */
 
-/* O of nr rows and nv vectors of columns over the whole block; whole: none of the columns lies past DV */
-FA_INLINE void value_tile(const rows *w, const key_block *now, const key_block *next, int row, int nr, int64_t col,
-                          int nv, bool whole, const float *rescale, fa_dtype dtype)
+/* acc += the weights p[row][KB] of one key times its values */
+FA_INLINE void value_step(vf acc[ROWS][COLS], const float *p, int nr, const char *v, int64_t dv, int64_t col, int nv,
+                          bool whole, fa_dtype dtype)
 {
     const int vectors = vectors_of(dtype);
-    const int64_t size = size_of(dtype);
+    vf x[COLS];
+    FA_UNROLL
+    for (int c = 0; c < nv; c += vectors) {
+        int64_t at = col + c * VL;
+        load_step(x + c, v, at, whole ? vectors * VL : step_part(at, dv, dtype), dtype);
+    }
+    FA_UNROLL
+    for (int r = 0; r < nr; r++) {
+        vf y = v_keep(v_set1(p[r * KB]));
+        FA_UNROLL
+        for (int c = 0; c < nv; c++)
+            acc[r][c] = v_fma(x[c], y, acc[r][c]);
+    }
+}
+
+/* O of nr rows and nv vectors of columns over the whole block; whole: none of the columns lies past DV */
+FA_INLINE void value_tile(const rows *w, const key_block *now, int row, int nr, int64_t col, int nv, bool whole,
+                          const float *rescale, ahead *f, fa_dtype dtype)
+{
     vf acc[ROWS][COLS];
     float *out = w->out + row * w->dv_pad + col;
     const float *p = w->scores + row * KB;
@@ -245,23 +293,15 @@ FA_INLINE void value_tile(const rows *w, const key_block *now, const key_block *
         for (int c = 0; c < nv; c++)
             acc[r][c] = v_zero(); /* a sum of its own: thousands of keys in one chain would lose digits */
     }
-    const int ahead = row == 0 ? next->n : 0;
-    for (int j = 0; j < now->n; j++) {
-        vf x[COLS];
+    int j = 0;
+    for (; j + FETCH_KEYS <= now->n; j += FETCH_KEYS) {
+        fetch(f);
         FA_UNROLL
-        for (int c = 0; c < nv; c += vectors)
-            load_step(x + c, now->v[j], col + c * VL, whole ? vectors * VL : step_part(col + c * VL, w->dv, dtype),
-                      dtype);
-        FA_UNROLL
-        for (int r = 0; r < nr; r++) {
-            vf y = v_set1(p[r * KB + j]);
-            FA_UNROLL
-            for (int c = 0; c < nv; c++)
-                acc[r][c] = v_fma(x[c], y, acc[r][c]);
-        }
-        if (j < ahead)
-            prefetch_row(next->v[j] + col * size, nv * VL * size);
+        for (int i = 0; i < FETCH_KEYS; i++)
+            value_step(acc, p + j + i, nr, now->v[j + i], w->dv, col, nv, whole, dtype);
     }
+    for (; j < now->n; j++)
+        value_step(acc, p + j, nr, now->v[j], w->dv, col, nv, whole, dtype);
     FA_UNROLL
     for (int r = 0; r < nr; r++) {
         FA_UNROLL
@@ -271,15 +311,22 @@ FA_INLINE void value_tile(const rows *w, const key_block *now, const key_block *
     }
 }
 
-FA_INLINE void value_strip(const rows *w, const key_block *now, const key_block *next, int row, int nr,
-                           const float *rescale, fa_dtype dtype)
+/* tiles of nr rows */
+static inline int value_tiles(const rows *w, int nr, fa_dtype dtype)
+{
+    int64_t wide = w->dv / (TILE_COLS(nr) * VL), rest = w->dv - wide * TILE_COLS(nr) * VL;
+    return (int)(wide + fa_ceil_div(rest, vectors_of(dtype) * VL));
+}
+
+FA_INLINE void value_strip(const rows *w, const key_block *now, int row, int nr, const float *rescale, ahead *f,
+                           fa_dtype dtype)
 {
     const int nv = TILE_COLS(nr), least = vectors_of(dtype);
     int64_t col = 0;
     for (; col + nv * VL <= w->dv; col += nv * VL)
-        value_tile(w, now, next, row, nr, col, nv, true, rescale, dtype);
+        value_tile(w, now, row, nr, col, nv, true, rescale, f, dtype);
     for (; col < w->dv; col += least * VL)
-        value_tile(w, now, next, row, nr, col, least, false, rescale, dtype);
+        value_tile(w, now, row, nr, col, least, false, rescale, f, dtype);
 }
 
 /* A hidden key has weight 0 and must not be multiplied when its value is NaN or infinite. Rare, so plain. */
@@ -301,7 +348,7 @@ static __attribute__((noinline)) void values_one_by_one(const rows *w, const key
 }
 
 /* Is there NaN or infinity among the values? x * 0 is NaN exactly for them. */
-static __attribute__((noinline)) bool nonfinite_values(const rows *w, const key_block *now, fa_dtype dtype)
+FA_INLINE bool nonfinite_values(const rows *w, const key_block *now, fa_dtype dtype)
 {
     vf acc = v_zero();
     for (int j = 0; j < now->n; j++)
@@ -321,12 +368,16 @@ FA_INLINE void value_block(const rows *w, const key_block *now, const key_block 
         values_one_by_one(w, now, rescale, dtype);
         return;
     }
+    int tiles = 0;
+    for (int r = 0; r < w->n; r += ROWS)
+        tiles += value_tiles(w, w->n - r < ROWS ? w->n - r : ROWS, dtype);
+    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype), .steps = tiles * (now->n / FETCH_KEYS)};
     for (int r = 0; r < w->n; r += ROWS)
         switch (w->n - r) {
-        case 1: value_strip(w, now, next, r, 1, rescale, dtype); break;
-        case 2: value_strip(w, now, next, r, 2, rescale, dtype); break;
-        case 3: value_strip(w, now, next, r, 3, rescale, dtype); break;
-        default: value_strip(w, now, next, r, 4, rescale, dtype); break;
+        case 1: value_strip(w, now, r, 1, rescale, &f, dtype); break;
+        case 2: value_strip(w, now, r, 2, rescale, &f, dtype); break;
+        case 3: value_strip(w, now, r, 3, rescale, &f, dtype); break;
+        default: value_strip(w, now, r, 4, rescale, &f, dtype); break;
         }
 }
 
@@ -344,14 +395,15 @@ FA_INLINE vf mask_of_keys(const fa_args *a, const char *mask, int64_t key, int n
     return v_load(x);
 }
 
-/* Scores of one row, keys in the lanes, become weights. Returns whether some key of the block is hidden from it. */
-FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *rescale, fa_dtype dtype)
+/* Scale, softcap, bias, ALiBi and visibility of the scores of one row, keys in the lanes; top becomes the largest.
+ * Returns whether some key of the block is hidden from the row. */
+FA_INLINE bool finish_scores(const rows *w, int r, const key_block *now, vf *top, fa_dtype dtype)
 {
     const fa_args *a = w->a;
     const int64_t k0 = now->first;
-    const int nk = now->n, degree = dtype == FA_BF16 ? 3 : 5;
+    const int nk = now->n;
     float *s = w->scores + r * KB;
-    vf hide = v_set1(-INFINITY), top = v_set1(w->max[r]), scale = v_set1(w->ops.scale);
+    vf hide = v_set1(-INFINITY), scale = v_set1(w->ops.scale);
     vm hidden = v_ne(scale, scale);
     vi lo = vi_set1((int32_t)fa_max64(w->keys[r].lo - k0, 0)), hi = vi_set1((int32_t)fa_min64(w->keys[r].hi - k0, nk));
     const char *mask = w->ops.mask ? mask_row(&a->mask, w->b, w->head[r], w->query[r]) : NULL;
@@ -374,14 +426,41 @@ FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *re
         }
         vm off = vm_or(vi_gt(lo, at), vi_gt(at, vi_sub(hi, vi_set1(1))));
         x = v_select(off, hide, x);
-        top = v_max(x, top);
+        *top = v_max(x, *top);
         v_store(s + j, x);
     }
+    return vm_any(hidden) || w->keys[r].lo > k0 || w->keys[r].hi < k0 + nk;
+}
+
+/* The same of whole vectors of keys that the row sees, where the scale is all there is: most blocks of most calls. */
+FA_INLINE void scale_scores(const rows *w, int r, const key_block *now, vf *top, fa_dtype dtype)
+{
+    float *s = w->scores + r * KB;
+    for (int j = 0; j < now->n; j += VL) {
+        vf x = v_mul(v_load(s + j), v_set1(w->ops.scale));
+        if (quantised(dtype))
+            x = v_mul(x, v_load(now->k_scale + j));
+        *top = v_max(x, *top);
+        v_store(s + j, x);
+    }
+}
+
+/* Scores of one row become weights. Returns whether some key of the block is hidden from it. */
+FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *rescale, fa_dtype dtype)
+{
+    const int degree = dtype == FA_BF16 ? 3 : 5;
+    float *s = w->scores + r * KB;
+    vf top = v_set1(w->max[r]);
+    bool hides = false;
+    if (!w->plain || now->n % VL || w->keys[r].lo > now->first || w->keys[r].hi < now->first + now->n)
+        hides = finish_scores(w, r, now, &top, dtype);
+    else
+        scale_scores(w, r, now, &top, dtype);
     float m = v_hmax(top);
     rescale[r] = m == w->max[r] ? 1 : m > -INFINITY ? exp2f(w->max[r] - m) : 0;
     w->max[r] = m;
     vf base = v_set1(m > -INFINITY ? m : 0), acc = v_zero();
-    for (int j = 0; j < nk; j += VL) {
+    for (int j = 0; j < now->n; j += VL) {
         vf p = v_exp2(v_sub(v_load(s + j), base), degree);
         acc = v_add(acc, p);
         if (quantised(dtype)) /* what a hidden key is scaled by may be anything */
@@ -389,7 +468,27 @@ FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *re
         v_store(s + j, p);
     }
     w->sum[r] = w->sum[r] * rescale[r] + v_hsum(acc);
-    return vm_any(hidden) || w->keys[r].lo > k0 || w->keys[r].hi < k0 + nk;
+    return hides;
+}
+
+/* to[d_pad] <- the query of row r */
+FA_INLINE void pack_query(float *to, const rows *w, int r, fa_dtype dtype)
+{
+    const fa_tensor *q = &w->a->q;
+    const char *row = row_of(q, w->b, w->head[r], w->query[r], fa_dtype_size(q->dtype));
+    if (dtype == FA_BF16 && q->dtype == FA_BF16 && q->stride[3] == 1) {
+        for (int64_t d = 0; d < w->d_pad; d += 2 * VL) {
+            vf x[2];
+            load_step(x, row, d, step_part(d, w->d, dtype), dtype);
+            v_store(to + d, x[0]);
+            v_store(to + d + VL, x[1]);
+        }
+        return;
+    }
+    float x[FA_MAX_HEAD_DIM];
+    pack_rows(dtype == FA_BF16 ? x : to, w->d_pad, row, 0, 1, w->d, q->stride[3], q->dtype, NULL);
+    for (int64_t d = 0; dtype == FA_BF16 && d < w->d_pad; d++)
+        to[place_of(d, dtype)] = x[d];
 }
 
 FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequence, int64_t split, char *scratch,
@@ -404,6 +503,8 @@ FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequenc
               .out = (float *)(void *)(scratch + at.out), .max = (float *)(void *)(scratch + at.max),
               .sum = (float *)(void *)(scratch + at.sum)};
     w.span = fa_span_at(a, w.b);
+    w.block = w.n <= ROWS ? block_keys(w.d * size_of(dtype)) : KB;
+    w.plain = !w.ops.softcap && !w.ops.mask && !w.ops.alibi;
     w.d_pad = fa_padded(w.d, 2 * VL);
     w.dv_pad = fa_padded(w.dv, 2 * VL);
     memset(w.out, 0, (size_t)(w.n * w.dv_pad) * 4);
@@ -422,43 +523,51 @@ FA_INLINE rows rows_begin(const fa_args *a, const fa_plan *plan, int64_t sequenc
             int64_t i = (a->alibi.size[0] > 1 ? w.b : 0) * a->alibi.stride[0] + w.head[r] * a->alibi.stride[1];
             w.slope[r] = (float)(fa_load(a->alibi.data, a->alibi.dtype, i) * FA_LOG2E);
         }
-        float x[FA_MAX_HEAD_DIM];
-        pack_rows(x, w.d_pad, row_of(&a->q, w.b, w.head[r], w.query[r], fa_dtype_size(a->q.dtype)), 0, 1, w.d,
-                  a->q.stride[3], a->q.dtype, NULL);
-        for (int64_t d = 0; d < w.d_pad; d++)
-            w.q[r * w.d_pad + place_of(d, dtype)] = x[d];
+        pack_query(w.q + r * w.d_pad, &w, r, dtype);
     }
     return w;
+}
+
+/* n elements of rows of out to a row of any dtype and stride, in their own order */
+FA_INLINE void store_row(char *to, int64_t stride, fa_dtype t, const float *o, int64_t n, float scale, fa_dtype dtype)
+{
+    for (int64_t d = 0; d < n; d += 2 * VL) {
+        vf x[2] = {v_load(o + d), v_load(o + d + VL)};
+        if (dtype == FA_BF16)
+            v_zip(x[0], x[1], x);
+        for (int p = 0; p < 2 && d + p * VL < n; p++)
+            store_f32(to, d + p * VL, part(d + p * VL, n), stride, t, v_mul(x[p], v_set1(scale)));
+    }
 }
 
 FA_INLINE void rows_end(const rows *w, float *partial, fa_dtype dtype)
 {
     const fa_args *a = w->a;
     for (int r = 0; r < w->n; r++) {
-        float o[FA_MAX_HEAD_DIM];
+        const float *o = w->out + r * w->dv_pad;
         int64_t h = w->head[r], q = w->query[r];
-        for (int64_t d = 0; d < w->dv_pad; d++)
-            o[d] = w->out[r * w->dv_pad + place_of(d, dtype)];
         if (partial) {
             float *to = partial + ((w->b * a->q.size[1] + h) * a->q.size[2] + q) * fa_partial_floats(w->dv);
             to[0] = w->max[r];
             to[1] = w->sum[r];
-            memcpy(to + 2, o, (size_t)w->dv * 4);
+            store_row((char *)(to + 2), 1, FA_F32, o, w->dv, 1, dtype);
             continue;
         }
         fa_row_end end = {0, -INFINITY};
-        bool valid = q < w->span.q_len;
-        if (valid)
+        if (q < w->span.q_len)
             end = fa_finish_row(a, w->b, h, w->max[r], w->sum[r]);
         fa_store_lse(a, w->b, h, q, end.lse);
-        char *row = (char *)(uintptr_t)row_of(&a->out, w->b, h, q, fa_dtype_size(a->out.dtype));
-        for (int64_t d = 0; d < w->dv; d += VL)
-            store_f32(row, d, part(d, w->dv), a->out.stride[3], a->out.dtype, v_mul(v_load(o + d), v_set1(end.scale)));
+        char *to = (char *)(uintptr_t)row_of(&a->out, w->b, h, q, fa_dtype_size(a->out.dtype));
+        store_row(to, a->out.stride[3], a->out.dtype, o, w->dv, end.scale, dtype);
     }
 }
 
+/* The two products of a block are functions of their own: with all in one, the loops get fewer registers. */
+typedef void dot_fn(const rows *w, const key_block *now, const key_block *next);
+typedef void value_fn(const rows *w, const key_block *now, const key_block *next, bool hides, const float *rescale);
+
 FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, char *scratch, char *shared,
-                         fa_dtype dtype)
+                         fa_dtype dtype, dot_fn *dots, value_fn *values)
 {
     int64_t split = task % plan->splits;
     rows w = rows_begin(a, plan, task / plan->splits, split, scratch, dtype);
@@ -470,27 +579,36 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
         }
     key_block blocks[2];
     point_at(&blocks[0], &w, keys.lo, keys.hi);
-    for (int64_t i = 0; keys.lo + i * KB < keys.hi; i++) {
+    for (int64_t i = 0; keys.lo + i * w.block < keys.hi; i++) {
         key_block *now = &blocks[i % 2], *next = &blocks[(i + 1) % 2];
         float rescale[FA_ROWS_MAX];
         bool hides = false;
-        point_at(next, &w, now->first + KB, keys.hi);
+        point_at(next, &w, now->first + w.block, keys.hi);
         if (quantised(dtype))
             scales_of(now, &w, dtype);
-        dot_block(&w, now, next, dtype);
+        dots(&w, now, next);
         for (int r = 0; r < w.n; r++)
             hides |= row_weights(&w, r, now, rescale, dtype);
-        value_block(&w, now, next, hides, rescale, dtype);
+        values(&w, now, next, hides, rescale);
     }
     int64_t all = a->q.size[0] * a->q.size[1] * a->q.size[2];
     rows_end(&w, plan->splits > 1 ? (float *)(void *)shared + split * all * fa_partial_floats(w.dv) : NULL, dtype);
 }
 
 #define DECODE(name, dtype)                                                                                            \
+    static __attribute__((noinline)) void dots_##name(const rows *w, const key_block *now, const key_block *next)      \
+    {                                                                                                                  \
+        dot_block(w, now, next, dtype);                                                                                \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void values_##name(const rows *w, const key_block *now, const key_block *next,    \
+                                                        bool hides, const float *rescale)                              \
+    {                                                                                                                  \
+        value_block(w, now, next, hides, rescale, dtype);                                                              \
+    }                                                                                                                  \
     void FA_KERNEL(decode, name)(const fa_args *a, const fa_plan *p, int64_t task, char *scratch, char *shared);       \
     void FA_KERNEL(decode, name)(const fa_args *a, const fa_plan *p, int64_t task, char *scratch, char *shared)        \
     {                                                                                                                  \
-        rows_task(a, p, task, scratch, shared, dtype);                                                                 \
+        rows_task(a, p, task, scratch, shared, dtype, dots_##name, values_##name);                                     \
     }
 
 DECODE(f32, FA_F32)

@@ -70,7 +70,7 @@ static const fa_args *part_args(const fa_args *a, int64_t n, fa_args *storage)
 {
     if (!a->by_sequence)
         return a;
-    *storage = fa_sequence(a, n);
+    fa_make_sequence(a, n, storage);
     return storage;
 }
 
@@ -206,24 +206,22 @@ static void run_tasks(fa_pass *pass)
         work(pass, 0);
 }
 
-typedef int64_t fa_count_fn(const fa_job *job, const fa_part *p, const fa_args *a);
+typedef int64_t fa_count_fn(const fa_job *job, int64_t part);
 
-/* Runs the tasks of every part, count of each. */
+/* Runs the tasks of every part, count of each. Counts that do without the part's call leave it unmade. */
 static void run_pass(fa_job *job, fa_step_fn *step, fa_count_fn *count)
 {
     fa_pass pass = {.job = job, .step = step};
-    fa_args storage;
     for (int64_t i = 0; i < job->count; i++) {
         job->parts[i].first_task = pass.tasks;
-        pass.tasks += count(job, &job->parts[i], part_args(job->a, i, &storage));
+        pass.tasks += count(job, i);
     }
     run_tasks(&pass);
 }
 
-static int64_t main_tasks(const fa_job *job, const fa_part *p, const fa_args *a)
+static int64_t main_tasks(const fa_job *job, int64_t part)
 {
-    (void)job, (void)a;
-    return p->plan.tasks;
+    return job->parts[part].plan.tasks;
 }
 
 static void main_step(const fa_job *job, const fa_part *p, const fa_args *a, int64_t task, char *scratch, char *shared)
@@ -232,9 +230,10 @@ static void main_step(const fa_job *job, const fa_part *p, const fa_args *a, int
     p->run(a, &p->plan, task, scratch, shared);
 }
 
-static int64_t row_tasks(const fa_job *job, const fa_part *p, const fa_args *a)
+static int64_t row_tasks(const fa_job *job, int64_t part)
 {
-    (void)job, (void)p;
+    fa_args storage;
+    const fa_args *a = part_args(job->a, part, &storage);
     return fa_ceil_div(a->q.size[0] * a->q.size[1] * a->q.size[2], ROWS_A_TASK);
 }
 
@@ -320,9 +319,9 @@ static void merge_row(const fa_args *a, const float *parts, int64_t part_step, i
         fa_store(out, a->out.dtype, d * a->out.stride[3], valid && a->dropout_p < 1 ? sum[d] * end.scale : 0);
 }
 
-static int64_t merge_tasks(const fa_job *job, const fa_part *p, const fa_args *a)
+static int64_t merge_tasks(const fa_job *job, int64_t part)
 {
-    return p->plan.splits > 1 ? row_tasks(job, p, a) : 0;
+    return job->parts[part].plan.splits > 1 ? row_tasks(job, part) : 0;
 }
 
 static void merge_step(const fa_job *job, const fa_part *p, const fa_args *a, int64_t task, char *scratch, char *shared)
@@ -367,14 +366,18 @@ static void post_step(const fa_job *job, const fa_part *p, const fa_args *a, int
     rows_step(job->ops.bwd_post[a->q.dtype], a, task, shared);
 }
 
-static int64_t post_tasks(const fa_job *job, const fa_part *p, const fa_args *a)
+static int64_t post_tasks(const fa_job *job, int64_t part)
 {
-    return fa_bwd_shared_of(a, &p->target).dq_direct ? 0 : row_tasks(job, p, a);
+    fa_args storage;
+    const fa_args *a = part_args(job->a, part, &storage);
+    return fa_bwd_shared_of(a, &job->parts[part].target).dq_direct ? 0 : row_tasks(job, part);
 }
 
-static int64_t dmask_tasks(const fa_job *job, const fa_part *p, const fa_args *a)
+static int64_t dmask_tasks(const fa_job *job, int64_t part)
 {
-    return p->target.kind == FA_KERNEL_SCALAR ? fa_dmask_tasks(a) : fa_dmask_tiles(a, job->ops.panel_rows);
+    fa_args storage;
+    const fa_args *a = part_args(job->a, part, &storage);
+    return job->parts[part].target.kind == FA_KERNEL_SCALAR ? fa_dmask_tasks(a) : fa_dmask_tiles(a, job->ops.panel_rows);
 }
 
 static void dmask_step(const fa_job *job, const fa_part *p, const fa_args *a, int64_t task, char *scratch, char *shared)

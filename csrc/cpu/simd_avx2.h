@@ -15,6 +15,12 @@ typedef __m256 vm; /* all ones or all zeros in each lane */
 
 static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void v_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
+/* x, held in a register: else a compiler reads it from memory again for each use, and loads become the limit */
+static inline vf v_keep(vf x)
+{
+    __asm__("" : "+x"(x));
+    return x;
+}
 static inline vf v_set1(float x) { return _mm256_set1_ps(x); }
 static inline vf v_zero(void) { return _mm256_setzero_ps(); }
 static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
@@ -46,11 +52,30 @@ static inline float v_hsum(vf a)
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
-/* out[0..3] = sums of the lanes of a, b, c, d */
-static inline void v_hsum4(float *out, vf a, vf b, vf c, vf d)
+/* In each half: the sums of a's lanes 0 and 2, 1 and 3, then of b's. A blend costs no shuffle. */
+static inline __m256 v_fold_pairs(__m256 a, __m256 b)
 {
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    return _mm256_add_ps(_mm256_blend_ps(a, b, 0xCC), _mm256_shuffle_ps(a, b, 0x4E));
+}
+/* In each half: the sums of the lanes of a, b, c, d. */
+static inline __m256 v_fold_four(__m256 a, __m256 b, __m256 c, __m256 d)
+{
+    __m256 s = v_fold_pairs(a, c), t = v_fold_pairs(b, d);
+    return _mm256_add_ps(_mm256_blend_ps(s, t, 0xAA), _mm256_permute_ps(_mm256_blend_ps(s, t, 0x55), 0xB1));
+}
+/* lane i: the sum of the lanes of the i-th of VL vectors at p */
+static inline vf v_hsums(const float *p)
+{
+    __m256 x = v_fold_four(v_load(p), v_load(p + VL), v_load(p + 2 * VL), v_load(p + 3 * VL));
+    __m256 y = v_fold_four(v_load(p + 4 * VL), v_load(p + 5 * VL), v_load(p + 6 * VL), v_load(p + 7 * VL));
+    return _mm256_add_ps(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));
+}
+/* a0 b0 a1 b1 ... */
+static inline void v_zip(vf a, vf b, vf out[2])
+{
+    __m256 lo = _mm256_unpacklo_ps(a, b), hi = _mm256_unpackhi_ps(a, b);
+    out[0] = _mm256_permute2f128_ps(lo, hi, 0x20);
+    out[1] = _mm256_permute2f128_ps(lo, hi, 0x31);
 }
 
 /* masks; a comparison with NaN is false, but for v_ne */
@@ -131,17 +156,23 @@ static inline __m128i v_load_u8_n(const void *p, int n)
 static inline vf v_from_i8(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
 static inline vf v_load_i8(const void *p) { return v_from_i8(_mm_loadl_epi64((const __m128i *)p)); }
 static inline vf v_load_i8_n(const void *p, int n) { return v_from_i8(v_load_u8_n(p, n)); }
-/* float8_e4m3fn / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger by 8; the NaN of
- * fp8 has the largest exponent of fp8 only, so it is made one of fp16 */
-static inline vf v_from_f8(__m128i x)
+/* 2 VL elements of float8_e4m3fn, each / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger
+ * by 8. The NaN of fp8 has the largest exponent of fp8 only, so it is made one of fp16. */
+static inline void v_load2_f8(const void *p, vf *low, vf *high)
 {
-    __m128i w = _mm_cvtepi8_epi16(x);
-    __m128i h = _mm_and_si128(_mm_slli_epi16(w, 7), _mm_set1_epi16((short)0xbfff));
-    __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(w, _mm_set1_epi16((short)0xff80)), _mm_set1_epi16(-1));
-    return _mm256_cvtph_ps(_mm_or_si128(h, nan));
+    vi w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    vi h = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff));
+    vi nan = _mm256_cmpeq_epi16(_mm256_or_si256(w, _mm256_set1_epi16((short)0xff80)), _mm256_set1_epi16(-1));
+    h = _mm256_or_si256(h, nan);
+    *low = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+    *high = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
 }
-static inline vf v_load_f8(const void *p) { return v_from_f8(_mm_loadl_epi64((const __m128i *)p)); }
-static inline vf v_load_f8_n(const void *p, int n) { return v_from_f8(v_load_u8_n(p, n)); }
+static inline void v_load2_f8_n(const void *p, int n, vf *low, vf *high)
+{
+    uint8_t t[2 * VL] = {0};
+    memcpy(t, p, (size_t)n);
+    v_load2_f8(t, low, high);
+}
 
 /* round to nearest even; a NaN stays one */
 static inline __m128i v_to_bf16(vf x)

@@ -14,6 +14,12 @@ typedef __mmask16 vm;
 
 static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void v_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+/* x, held in a register: else a compiler reads it from memory again for each use, and loads become the limit */
+static inline vf v_keep(vf x)
+{
+    __asm__("" : "+v"(x));
+    return x;
+}
 static inline vf v_set1(float x) { return _mm512_set1_ps(x); }
 static inline vf v_zero(void) { return _mm512_setzero_ps(); }
 static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
@@ -31,15 +37,32 @@ static inline vf v_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NE
 static inline vf v_ldexp(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 static inline float v_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 static inline float v_hsum(vf a) { return _mm512_reduce_add_ps(a); }
-/* out[0..3] = sums of the lanes of a, b, c, d */
-static inline void v_hsum4(float *out, vf a, vf b, vf c, vf d)
+/* In each quarter: the sums of the lanes of the four vectors at p. */
+static inline __m512 v_fold_four(const float *p)
 {
-    __m256 w = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-    __m256 x = _mm256_add_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps(b, 1));
-    __m256 y = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-    __m256 z = _mm256_add_ps(_mm512_castps512_ps256(d), _mm512_extractf32x8_ps(d, 1));
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(w, x), _mm256_hadd_ps(y, z));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    __m512 a = v_load(p), b = v_load(p + VL), c = v_load(p + 2 * VL), d = v_load(p + 3 * VL);
+    __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 t = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return _mm512_add_ps(_mm512_shuffle_ps(s, t, 0x44), _mm512_shuffle_ps(s, t, 0xEE));
+}
+/* The sums of a's quarters 0 and 1, 2 and 3, then of b's. */
+static inline __m512 v_fold_quarters(__m512 a, __m512 b)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+/* lane i: the sum of the lanes of the i-th of VL vectors at p */
+static inline vf v_hsums(const float *p)
+{
+    __m512 x = v_fold_quarters(v_fold_four(p), v_fold_four(p + 4 * VL));
+    __m512 y = v_fold_quarters(v_fold_four(p + 8 * VL), v_fold_four(p + 12 * VL));
+    return v_fold_quarters(x, y);
+}
+/* a0 b0 a1 b1 ... */
+static inline void v_zip(vf a, vf b, vf out[2])
+{
+    vi at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    out[0] = _mm512_permutex2var_ps(a, at, b);
+    out[1] = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(8)), b);
 }
 
 /* masks; a comparison with NaN is false, but for v_ne */
@@ -105,17 +128,25 @@ static inline vf v_load_f16_n(const uint16_t *p, int n)
 static inline vf v_from_i8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
 static inline vf v_load_i8(const void *p) { return v_from_i8(_mm_loadu_si128((const __m128i *)p)); }
 static inline vf v_load_i8_n(const void *p, int n) { return v_from_i8(_mm_maskz_loadu_epi8(v_head(n), p)); }
-/* float8_e4m3fn / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger by 8; the NaN of
- * fp8 has the largest exponent of fp8 only, so it is made one of fp16 */
-static inline vf v_from_f8(__m128i x)
+/* 2 VL elements of float8_e4m3fn, each / 256: moved to where fp16 has sign, exponent and mantissa, whose bias is larger
+ * by 8. The NaN of fp8 has the largest exponent of fp8 only, so it is made one of fp16. */
+static inline void v_from_f8(__m256i x, vf *low, vf *high)
 {
-    __m256i w = _mm256_cvtepi8_epi16(x);
-    __m256i h = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff));
-    vm nan = _mm256_cmpeq_epi16_mask(_mm256_or_si256(w, _mm256_set1_epi16((short)0xff80)), _mm256_set1_epi16(-1));
-    return _mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, h, _mm256_set1_epi16(-1)));
+    vi w = _mm512_cvtepi8_epi16(x);
+    vi h = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff)), ones = _mm512_set1_epi16(-1);
+    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_or_si512(w, _mm512_set1_epi16((short)0xff80)), ones);
+    h = _mm512_mask_blend_epi16(nan, h, ones);
+    *low = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+    *high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
 }
-static inline vf v_load_f8(const void *p) { return v_from_f8(_mm_loadu_si128((const __m128i *)p)); }
-static inline vf v_load_f8_n(const void *p, int n) { return v_from_f8(_mm_maskz_loadu_epi8(v_head(n), p)); }
+static inline void v_load2_f8(const void *p, vf *low, vf *high)
+{
+    v_from_f8(_mm256_loadu_si256((const __m256i *)p), low, high);
+}
+static inline void v_load2_f8_n(const void *p, int n, vf *low, vf *high)
+{
+    v_from_f8(_mm256_maskz_loadu_epi8((__mmask32)((1ull << n) - 1), p), low, high);
+}
 
 /* round to nearest even; a NaN stays one */
 static inline __m256i v_to_bf16(vf x)

@@ -21,7 +21,7 @@ typedef struct fa_target {
 enum {
     FA_KEY_BLOCK = 96,       /* scores of a panel stay in the first-level cache; a multiple of the 6-row tile */
     FA_ROWS_KEY_BLOCK = 64,
-    FA_ROWS_MAX = 8,         /* query rows of one kv head the rows kernel takes */
+    FA_ROWS_MAX = 32,        /* query rows of one kv head the rows kernel takes */
     FA_THREAD_BYTES_MAX = 2 << 20,
     FA_SCALAR_BLOCK = 64,
     FA_LANES_BYTES = 2048, /* room for the kernels' record of a panel's lanes */

@@ -426,20 +426,38 @@ inline void copy_to_host(fa_tensor *t, std::vector<char> *memory)
     t->data = memory->data();
 }
 
+// The call with its lengths, offsets and tables in host memory, where they are to be checked; else nothing.
+struct HostCopy {
+    fa_args a;
+    std::vector<char> memory[5];
+    std::vector<int64_t> lengths; // with what was appended
+};
+
+inline std::unique_ptr<HostCopy> host_copy(const fa_args &a)
+{
+    if (!a.device_memory || !checks_device_memory())
+        return nullptr;
+    auto copy = std::make_unique<HostCopy>(HostCopy{.a = a, .memory = {}, .lengths = {}});
+    fa_args &h = copy->a;
+    size_t used = 0;
+    for (fa_tensor *t : {&h.q_seqlens, &h.kv_seqlens, &h.cu_q, &h.cu_k, &h.block_table})
+        if (t->data)
+            copy_to_host(t, &copy->memory[used++]);
+    for (int64_t n = 0; a.kv_appended && n < h.kv_seqlens.size[0]; n++)
+        copy->lengths.push_back(index_at(h.kv_seqlens, n) + a.kv_appended);
+    if (!copy->lengths.empty())
+        h.kv_seqlens = {.data = copy->lengths.data(), .size = {h.kv_seqlens.size[0], 1, 1, 1}, .stride = {1, 0, 0, 0},
+                        .dtype = FA_I64};
+    h.device_memory = false;
+    return copy;
+}
+
 inline void validate(const fa_args &a, ValidateFn *function)
 {
     fa_error err;
     check(function(&a, &err), err);
-    if (!a.device_memory || !checks_device_memory())
-        return;
-    fa_args copy = a;
-    copy.device_memory = false;
-    std::vector<char> memory[5];
-    size_t used = 0;
-    for (fa_tensor *t : {&copy.q_seqlens, &copy.kv_seqlens, &copy.cu_q, &copy.cu_k, &copy.block_table})
-        if (t->data)
-            copy_to_host(t, &memory[used++]);
-    check(function(&copy, &err), err);
+    if (const auto copy = host_copy(a))
+        check(function(&copy->a, &err), err);
 }
 
 // ---- planning and running ----------------------------------------------------------------------------------------

@@ -77,8 +77,11 @@ fa_args args_of(const Packed &in)
 // The longest sequence that the caller announced; the lengths themselves have been validated.
 void check_longest(const fa_args &a, const Packed &in)
 {
-    if (a.device_memory)
+    if (a.device_memory) {
+        if (const auto copy = host_copy(a))
+            check_longest(copy->a, in);
         return;
+    }
     const auto between = [](const fa_tensor &cu, int64_t n) {
         return index_at(cu, n + 1) - index_at(cu, n);
     };

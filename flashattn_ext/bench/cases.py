@@ -12,9 +12,15 @@ import torch
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DTYPE_ALIASES = {"fp32": "f32", "float32": "f32", "bfloat16": "bf16", "fp16": "f16", "float16": "f16", "half": "f16"}
-OPS = ("fwd", "fwd+bwd", "mask", "dropout", "dv", "decode", "tiny")
+# decode and the three after it: new tokens against a cache of SK tokens, the last of them among these.
+OPS = ("fwd", "fwd+bwd", "mask", "dropout", "dv", "decode", "paged", "quant", "multi", "varlen", "tiny", "decode_tiny")
+CACHE_OPS = ("decode", "paged", "quant", "multi")
 DROPOUT_P = 0.1
 PADDED = 0.75  # share of the keys that the last sequence of a padded batch keeps
+PAGE = 16      # tokens of a page of the cache
+SHORTEST = 16  # packed sequences have lengths from S / 16 to S
+NEW_TOKENS = (2, 4, 8, 16)
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +68,18 @@ class Case:
     shape: Shape
     dtype: str  # one of DTYPES
     causal: bool = False
-    # "" or, over (SQ, SK), "random" and "tril" bool and "bias" float; "padding" is bool (B, 1, 1, SK)
+    # "" or, over (SQ, SK), "random", "tril" and "lower-right" (the last query sees all) bool and "bias" float;
+    # "padding" is bool (B, 1, 1, SK)
     mask: str = ""
     dropout: float = 0.0
+    page: int = 0     # tokens of a page; 0 = the cache of a sequence is one piece
+    stored: str = ""  # one of STORED; "" = the cache has the query's dtype
 
     @property
     def name(self) -> str:
         kind = self.mask or ("causal" if self.causal else "full" if self.op in ("fwd", "fwd+bwd") else "")
+        if self.op in CACHE_OPS or self.op == "varlen":
+            kind = f"page{self.page}" if self.page else self.stored
         return "_".join(part for part in (self.op, self.dtype, str(self.shape), kind) if part)
 
     @property
@@ -78,12 +89,24 @@ class Case:
     @property
     def bound(self) -> str:
         """Which ceiling of the machine limits it: "fma", "memory", or "" for the cost of a call."""
-        return {"decode": "memory", "tiny": ""}.get(self.op, "fma")
+        if self.op in CACHE_OPS:
+            return "memory"
+        return "" if self.op in ("tiny", "decode_tiny") else "fma"
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Of packed sequences: from S / SHORTEST to S in equal ratios; None for sequences of one length."""
+        if self.op != "varlen":
+            return None
+        s = self.shape
+        return [max(1, round(s.SQ * SHORTEST ** -(b / max(1, s.B - 1)))) for b in range(s.B)]
 
     @property
     def flops(self) -> float:
         """Multiply-adds that the problem needs, each counted twice; backward has 5 products to forward's 2."""
         s = self.shape
+        if self.lengths:
+            return sum(2 * s.HQ * n * (n + 1) / 2 * (s.D + s.DV) for n in self.lengths)
         seen = 1.0
         if self.causal or self.mask == "tril":
             seen = sum(min(i + 1, s.SK) for i in range(s.SQ)) / (s.SQ * s.SK)
@@ -96,15 +119,19 @@ class Case:
     @property
     def bytes(self) -> int:
         """Query, key and value read once, the output written once; of the forward."""
-        s = self.shape
-        elements = s.B * (s.HQ * s.SQ * (s.D + s.DV) + s.HK * s.SK * (s.D + s.DV))
-        return elements * DTYPES[self.dtype].itemsize
+        s, size = self.shape, DTYPES[self.dtype].itemsize
+        queries, keys = s.B * s.HQ * s.SQ * (s.D + s.DV), s.B * s.HK * s.SK * (s.D + s.DV)
+        if self.lengths:
+            queries, keys = (n * sum(self.lengths) // (s.B * s.SQ) for n in (queries, keys))
+        if self.stored:  # and a float32 scale for each token and head
+            return queries * size + keys + 2 * s.B * s.HK * s.SK * 4
+        return (queries + keys) * size
 
 
 @dataclasses.dataclass
 class Inputs:
     """Arguments of one call. query (B, HQ, SQ, D), key (B, HK, SK, D), value (B, HK, SK, DV); gradient is that of the
-    output (B, HQ, SQ, DV), or None for a forward."""
+    output (B, HQ, SQ, DV), or None for a forward. lengths: of packed sequences, the rows of each that count."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -113,6 +140,10 @@ class Inputs:
     gradient: torch.Tensor | None
     causal: bool
     dropout: float
+    lengths: list[int] | None = None
+    # Of a quantised cache, key and value as they are stored and float32 scales (B, HK, S): key = stored[0] * scales[0].
+    stored: tuple[torch.Tensor, torch.Tensor] | None = None
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def gqa(self) -> bool:
@@ -131,7 +162,23 @@ def draw(case: Case, generator: torch.Generator) -> Inputs:
         for tensor in (query, key, value):
             tensor.requires_grad_()
     gradient = normal(s.B, s.HQ, s.SQ, s.DV) if case.backward else None
-    return Inputs(query, key, value, _mask(case, generator), gradient, case.causal, case.dropout)
+    inputs = Inputs(query, key, value, _mask(case, generator), gradient, case.causal, case.dropout, case.lengths)
+    return _quantised(inputs, STORED[case.stored]) if case.stored else inputs
+
+
+def _quantised(inputs: Inputs, stored: torch.dtype) -> Inputs:
+    """With key and value rounded to what a cache of that type can hold. Scales are powers of two here, so that the
+    values that they give are exact in every dtype, and results can be checked as any others."""
+    largest = 127 if stored is torch.int8 else torch.finfo(stored).max
+    parts = []
+    for x in (inputs.key, inputs.value):
+        x = x.float()
+        scale = (x.abs().amax(-1, keepdim=True) / largest).log2().ceil().exp2()
+        held = (x / scale).round() if stored is torch.int8 else x / scale
+        parts.append((held.to(stored), scale))
+    key, value = ((held.float() * scale).to(inputs.query.dtype) for held, scale in parts)
+    return dataclasses.replace(inputs, key=key, value=value, stored=tuple(held for held, _ in parts),
+                               scales=tuple(scale.squeeze(-1) for _, scale in parts))
 
 
 def _mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
@@ -142,6 +189,8 @@ def _mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
         return mask
     if case.mask == "tril":
         return torch.ones(s.SQ, s.SK, dtype=torch.bool).tril()
+    if case.mask == "lower-right":
+        return torch.ones(s.SQ, s.SK, dtype=torch.bool).tril(s.SK - s.SQ)
     if case.mask == "padding":
         lengths = torch.full((s.B,), s.SK)
         lengths[-1] = math.ceil(PADDED * s.SK)
@@ -155,16 +204,26 @@ _FWD = ("B1H8S128D64", "B1H8S512D64", "B1H8S2048D64", "B1H8S2048D128", "B16H12S1
 _FWD_EXTENDED = ("B1H8S128D128", "B1H8S512D128")
 _BWD = ("B1H8S512D64", "B16H12S128D64")
 _BWD_EXTENDED = ("B1H8S2048D64", "B1H8S2048D128")
-_DECODE = ("B1HQ32HK8SQ1SK4096D128", "B1H32SQ1SK4096D128", "B1HQ8HK1SQ1SK16384D128", "B8HQ32HK8SQ1SK1024D128")
+_DECODE = ("B1HQ32HK8SQ1SK4096D128", "B1H32SQ1SK4096D128", "B1HQ8HK1SQ1SK16384D128", "B8HQ32HK8SQ1SK1024D128",
+           "B1HQ9HK3SQ1SK4096D64")  # the last is a layer of the demo's model
+_DECODE_EXTENDED = ("B1HQ8HK8SQ1SK65536D64", "B4HQ32HK4SQ1SK4096D64", "B32HQ32HK8SQ1SK1024D64",
+                    "B32HQ8HK8SQ1SK1024D128")
+_LONG = ("B1HQ32HK8SQ1SK8192D128", "B8HQ32HK8SQ1SK8192D64")
+_VARLEN = ("B8H8S2048D64", "B32HQ9HK3S512D64")
 _DEFAULT_SHAPES = {"fwd": _FWD, "fwd+bwd": _BWD, "mask": ("B1H8S1024D64",), "dropout": ("B1H8S1024D64",),
-                   "dv": ("B1H8S1024D64DV32",), "decode": _DECODE, "tiny": ("B1H2S8D16",)}
-_EXTENDED_SHAPES = {"fwd": _FWD_EXTENDED, "fwd+bwd": _BWD_EXTENDED}
+                   "dv": ("B1H8S1024D64DV32",), "decode": _DECODE, "paged": _DECODE[::3], "quant": _LONG,
+                   "multi": _DECODE[::3], "varlen": _VARLEN, "tiny": ("B1H2S8D16",), "decode_tiny": ("B1H2SQ1SK8D16",)}
+_EXTENDED_SHAPES = {"fwd": _FWD_EXTENDED, "fwd+bwd": _BWD_EXTENDED, "decode": _DECODE_EXTENDED,
+                    "paged": _DECODE_EXTENDED}
 _QUICK_SHAPES = {"fwd": ("B1H8S128D64", "B1H8S512D64"), "fwd+bwd": ("B1H8S256D64",), "mask": ("B1H8S256D64",),
-                 "dropout": ("B1H8S256D64",), "dv": ("B1H8S256D64DV32",), "decode": _DECODE[:1], "tiny": ("B1H2S8D16",)}
+                 "dropout": ("B1H8S256D64",), "dv": ("B1H8S256D64DV32",), "decode": _DECODE[:1], "paged": _DECODE[:1],
+                 "quant": _DECODE[:1], "multi": _DECODE[:1], "varlen": ("B8H4S256D64",), "tiny": ("B1H2S8D16",),
+                 "decode_tiny": ("B1H2SQ1SK8D16",)}
 # By default an op is measured in the dtypes that the project states a figure for.
 _DEFAULT_DTYPES = {"fwd": ("f32", "bf16", "f16"), "fwd+bwd": ("f32", "bf16"), "mask": ("f32", "bf16"),
                    "dropout": ("f32", "bf16"), "dv": ("f32", "bf16"), "decode": ("f32", "bf16", "f16"),
-                   "tiny": ("f32",)}
+                   "paged": ("f32", "bf16"), "quant": ("bf16",), "multi": ("bf16",), "varlen": ("f32", "bf16"),
+                   "tiny": ("f32",), "decode_tiny": ("f32",)}
 
 
 def select(ops=None, shapes=None, dtypes=None, quick: bool = False, extended: bool = False) -> list[Case]:
@@ -196,4 +255,14 @@ def _variants(op: str, shape: Shape, dtype: str) -> list[Case]:
                 dataclasses.replace(base, mask="bias"), dataclasses.replace(base, mask="padding", shape=padded)]
     if op == "dropout":
         return [dataclasses.replace(base, dropout=DROPOUT_P)]
+    if op == "paged":
+        return [dataclasses.replace(base, page=PAGE)]
+    if op == "quant":
+        return [dataclasses.replace(base, stored=stored) for stored in STORED]
+    if op == "multi":
+        counts = NEW_TOKENS if shape.SQ == 1 else (shape.SQ,)
+        return [dataclasses.replace(base, mask="lower-right", shape=dataclasses.replace(shape, SQ=new))
+                for new in counts]
+    if op == "varlen":
+        return [dataclasses.replace(base, causal=True)]
     return [base]

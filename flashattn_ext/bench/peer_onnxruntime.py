@@ -31,6 +31,8 @@ class OnnxRuntime(Peer):
             return "no backward"
         if case.dropout:
             return "no dropout"
+        if case.lengths:
+            return "no packed sequences"
         if case.dtype == "bf16":
             return "no bfloat16 on the CPU"
         return None
@@ -63,7 +65,7 @@ class OnnxRuntime(Peer):
 
         return bind
 
-    def collect(self, value) -> list[torch.Tensor]:
+    def collect(self, value, case: Case) -> list[torch.Tensor]:
         return [torch.from_numpy(value.copy_outputs_to_cpu()[0])]
 
 

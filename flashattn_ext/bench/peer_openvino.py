@@ -67,6 +67,8 @@ class _OpenVino(Peer):
             return "no backward"
         if case.dropout:
             return "no dropout"
+        if case.lengths:
+            return "no packed sequences"
         return None
 
 
@@ -105,7 +107,7 @@ class OpenVinoSDPA(_OpenVino):
 
         return bind
 
-    def collect(self, value) -> list[torch.Tensor]:
+    def collect(self, value, case: Case) -> list[torch.Tensor]:
         return [_to_torch(value.get_output_tensor(0))]
 
 
@@ -132,7 +134,7 @@ class OpenVinoPaged(_OpenVino):
         compiled = _compile_paged(case, threads)
         return lambda inputs: _PagedRun(case, compiled, inputs)
 
-    def collect(self, value) -> list[torch.Tensor]:
+    def collect(self, value, case: Case) -> list[torch.Tensor]:
         return [value.result()]
 
 

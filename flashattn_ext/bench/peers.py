@@ -2,7 +2,7 @@
 
 `missing()` says why a peer cannot be used here, `refuses(case)` why it cannot do a case, and `open(case, threads)`
 prepares it: it returns bind, bind(inputs) returns run, and run() is what is timed. Whatever run() returns,
-`collect(value)` turns into [out] or [out, dq, dk, dv] as (B, H, S, D) tensors.
+`collect(value, case)` turns into [out] or [out, dq, dk, dv] as (B, H, S, D) tensors.
 """
 
 import importlib.metadata
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 
 from . import check
 from .cases import Case, Inputs
+
+
+OWN = "own"  # the peer that is this package again, used in another way
 
 
 class Peer:
@@ -24,6 +27,10 @@ class Peer:
     def missing(self) -> str | None:
         return None
 
+    def concerns(self, case: Case) -> bool:
+        """Whether there is anything to say about this peer in a case, be it that it refuses."""
+        return True
+
     def refuses(self, case: Case) -> str | None:
         return None
 
@@ -33,7 +40,7 @@ class Peer:
     def open(self, case: Case, threads: int):
         raise NotImplementedError
 
-    def collect(self, value) -> list[torch.Tensor]:
+    def collect(self, value, case: Case) -> list[torch.Tensor]:
         return list(value)
 
 
@@ -65,10 +72,10 @@ class Ours(TorchPeer):
 
     def missing(self) -> str | None:
         try:
-            from flashattn_ext import scaled_dot_product_attention
+            import flashattn_ext
         except (ImportError, OSError) as error:
             return f"flashattn_ext is not built: {error}"
-        self.function = scaled_dot_product_attention
+        self.function = flashattn_ext.scaled_dot_product_attention
         return None
 
     def version(self) -> str:
@@ -76,9 +83,38 @@ class Ours(TorchPeer):
 
         return flashattn_ext.__version__
 
+    def open(self, case: Case, threads: int):
+        from . import serving
+
+        if serving.concerns(case):
+            return lambda inputs: serving.ours(case, inputs)
+        return super().open(case, threads)
+
+    def collect(self, value, case: Case) -> list[torch.Tensor]:
+        from . import serving
+
+        return serving.collect(case, value) if serving.concerns(case) else super().collect(value, case)
+
     def attention(self, inputs: Inputs) -> torch.Tensor:
         return self.function(inputs.query, inputs.key, inputs.value, inputs.mask, inputs.dropout, inputs.causal,
                              enable_gqa=inputs.gqa)
+
+
+class Own(Ours):
+    """This package used in another way, for the ratio that says what the case's way is worth; see serving.other."""
+
+    name = OWN
+    label = "flashattn_ext, other way"
+
+    def concerns(self, case: Case) -> bool:
+        from . import serving
+
+        return serving.has_other(case)
+
+    def open(self, case: Case, threads: int):
+        from . import serving
+
+        return lambda inputs: serving.other(case, inputs)
 
 
 class TorchSDPA(TorchPeer):
@@ -117,6 +153,8 @@ class Flex(Peer):
             return "no backward on the CPU"
         if case.dropout:
             return "no dropout"
+        if case.lengths:
+            return "no packed sequences"
         return None
 
     def open(self, case: Case, threads: int):
@@ -165,7 +203,7 @@ def all_peers() -> list[Peer]:
     from .peer_onnxruntime import OnnxRuntime
     from .peer_openvino import OpenVinoPaged, OpenVinoSDPA
 
-    return [Ours(), TorchSDPA(), Eager(), OpenVinoPaged(), OpenVinoSDPA(), OnnxRuntime(), Flex()]
+    return [Ours(), Own(), TorchSDPA(), Eager(), OpenVinoPaged(), OpenVinoSDPA(), OnnxRuntime(), Flex()]
 
 
 def package_version(package: str) -> str:

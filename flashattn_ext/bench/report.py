@@ -9,12 +9,12 @@ import sys
 import torch
 
 from .ceilings import Ceilings
-from .peers import Peer
+from .peers import OWN, Peer
 from .run import Result, cache_bytes, quartiles
 
 FLAGS = ("fma", "f16c", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16",
          "asimd", "bf16")
-COLUMNS = ("case", "ms", "+-", "rate", "of ceiling", "x SDPA", "x best", "best other")
+COLUMNS = ("case", "ms", "+-", "rate", "of ceiling", "x SDPA", "x own", "x best", "best other")
 MARKERS = "os^DvP*X"
 
 
@@ -108,7 +108,7 @@ def row(result: Result, ceilings: Ceilings, labels: dict[str, str]) -> list[str]
     name = result.case.name + (" WRONG" if result.wrong else "")
     return [name, f"{middle * 1e3:.3g}", f"{(high - low) / middle:.0%}", f"{figure:.3g} {unit}",
             "-" if share is None else f"{share:.0%}", _times(result.ratio("sdpa")) if result.subject != "sdpa" else "-",
-            _times(result.ratio(best)) if best else "-", labels[best] if best else "-"]
+            _times(result.ratio(OWN)), _times(result.ratio(best)) if best else "-", labels[best] if best else "-"]
 
 
 def notes(results: list[Result], labels: dict[str, str]) -> list[str]:
@@ -118,6 +118,10 @@ def notes(results: list[Result], labels: dict[str, str]) -> list[str]:
              "x best: its speed over that of torch's SDPA and of the fastest other, medians of the rounds' ratios; of "
              "ceiling: of memory read for GB/s; of multiply-adds for GFLOP/s, those of bfloat16 for bf16 where the "
              "processor has them, of float32 otherwise."]
+    if any(result.ratio(OWN) for result in results):
+        lines.append("x own: its speed over that of another way with this package: of a paged cache over one in one "
+                     "piece; of a quantised cache over one in the query's dtype; of several new tokens over one; of "
+                     "packed sequences over a call for each. x SDPA of packed sequences: over a padded batch.")
     reasons: dict[str, dict[str, int]] = {}
     for result in results:
         for name, sampled in result.peers.items():
@@ -152,7 +156,7 @@ def rich_table(results: list[Result], ceilings: Ceilings, labels: dict[str, str]
     before = None
     for result in results:
         cells = row(result, ceilings, labels)
-        for column in (5, 6):
+        for column in (5, 6, 7):
             if cells[column] != "-":
                 cells[column] = f"[{'green' if float(cells[column]) >= 1 else 'red'}]{cells[column]}[/]"
         if before not in (None, result.case.op):
@@ -175,9 +179,11 @@ def as_json(results: list[Result], ceilings: Ceilings, found: dict) -> dict:
         best = result.best_peer()
         rows.append({
             "name": case.name, "op": case.op, "shape": dataclasses.asdict(case.shape), "dtype": case.dtype,
-            "causal": case.causal, "mask": case.mask, "dropout": case.dropout, "flops": case.flops, "bytes": case.bytes,
+            "causal": case.causal, "mask": case.mask, "dropout": case.dropout, "page": case.page,
+            "stored": case.stored, "lengths": case.lengths, "flops": case.flops, "bytes": case.bytes,
             "rate": figure, "unit": unit, "share_of_ceiling": share, "wrong": result.wrong, "best_peer": best,
             "ratio_to_sdpa": _spread(result.ratio("sdpa")),
+            "ratio_to_own": _spread(result.ratio(OWN)),
             "ratio_to_best": _spread(result.ratio(best)) if best else None,
             "peers": {name: {"seconds": _spread(p.times), "rounds": p.times, "error_of_bar": p.error,
                              "skipped": p.skipped} for name, p in result.peers.items()},
@@ -202,10 +208,10 @@ def plot(results: list[Result], labels: dict[str, str], path: str, title: str) -
 
     base = "sdpa" if any(r.peers.get("sdpa") and r.peers["sdpa"].times for r in results) else results[0].subject
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.2 * len(results)), layout="constrained")
-    names = list(results[0].peers)
+    names = list(dict.fromkeys(name for r in results for name in r.peers))
     for index, name in enumerate(names):
         points = [(y, quartiles([b / a for a, b in zip(r.peers[name].times, r.peers[base].times)]))
-                  for y, r in enumerate(results) if r.peers[name].times and r.peers[base].times]
+                  for y, r in enumerate(results) if name in r.peers and r.peers[name].times and r.peers[base].times]
         if not points:
             continue
         ys, spreads = [y for y, _ in points], [s for _, s in points]

@@ -15,7 +15,7 @@ import torch
 from . import ceilings
 from .cases import Case, Inputs, draw
 from .check import PEER_SLACK, Reference
-from .peers import Peer
+from .peers import OWN, Peer
 
 SAMPLE_SECONDS = 0.01  # calls of one sample take about so long together, or one call if that takes longer
 MIN_ROUNDS = 3
@@ -52,7 +52,7 @@ class Result:
 
     def best_peer(self) -> str | None:
         """The fastest of the others whose result was right."""
-        timed = {name: p.median for name, p in self.peers.items() if name != self.subject and p.times}
+        timed = {name: p.median for name, p in self.peers.items() if name not in (self.subject, OWN) and p.times}
         return min(timed, key=timed.get) if timed else None
 
     @property
@@ -121,6 +121,7 @@ class _Turn:
 
 def measure_case(case: Case, peers: list[Peer], rounds: int, seconds: float, seed: int = 0) -> Result:
     """One case: check every peer's result once, then up to `rounds` rounds within about `seconds` (at least three)."""
+    peers = [peer for peer in peers if peer.concerns(case)]
     deadline = time.perf_counter() + seconds
     generator = torch.Generator().manual_seed(seed)
     inputs = [draw(case, generator) for _ in range(_copies(case))]
@@ -148,7 +149,7 @@ def measure_case(case: Case, peers: list[Peer], rounds: int, seconds: float, see
 def _copies(case: Case) -> int:
     """How many inputs a case cycles through. A model's decode finds each layer's keys and values in memory, not in a
     cache of the processor, so decode gets more of them than the caches hold."""
-    if case.op != "decode":
+    if case.bound != "memory":
         return 1
     low, high = COLD_BYTES
     return max(2, math.ceil(min(max(low, 2 * cache_bytes()), high) / case.bytes))
@@ -167,7 +168,7 @@ def _prepare(peer: Peer, case: Case, inputs: list[Inputs], reference: Reference,
         turn = _Turn(peer, peer.open(case, torch.get_num_threads()))
         turn.take(inputs)
         value, elapsed = turn.first_call()
-        sampled.error = reference.error(peer.collect(value))
+        sampled.error = reference.error(peer.collect(value, case))
     except Exception as error:  # a peer of any make may fail in any way; ours may not
         if own:
             raise

@@ -203,6 +203,7 @@ int main(int argc, char **argv)
             ck_check_dtypes();
             ck_check_refusals();
             ck_check_plans();
+            ck_check_caches();
         }
         ck_check_forward();
         ck_check_backward();

@@ -198,6 +198,7 @@ void ck_check_plans(void);
 void ck_check_forward(void);
 void ck_check_backward(void);
 void ck_check_sequences(void);
+void ck_check_caches(void);
 void ck_fuzz(int64_t rounds);
 void ck_bench(void);
 

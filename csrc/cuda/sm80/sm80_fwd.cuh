@@ -57,7 +57,10 @@ template <class C> __device__ static bool fa_fwd_work_of(fa_fwd_work *w, const f
     fa_range keys = {0, 0};
     if (tile.first < q_len)
         keys = fa_keys_of_queries(&w->seq.span, tile.first, fa_min64(tile.first + C::BM, q_len) - 1);
-    int64_t lo = fa_max64(keys.lo, w->split * p.split_keys), hi = fa_min64(keys.hi, (w->split + 1) * p.split_keys);
+    int64_t part = p.split_keys;
+    if (a->splits_wanted > 0) /* of the sequence's own keys, not of the room behind them */
+        part = fa_round_up(fa_max64(1, fa_ceil_div(w->seq.span.k_len, a->splits_wanted)), C::BN);
+    int64_t lo = fa_max64(keys.lo, w->split * part), hi = fa_min64(keys.hi, (w->split + 1) * part);
     w->k_lo = (int)(fa_max64(lo, 0) / C::BN * C::BN);
     w->k_hi = (int)fa_max64(hi, 0);
     if (lo >= hi)

@@ -88,6 +88,8 @@ static void plan_splits(const fa_args *a, int64_t blocks, fa_plan *p)
         keys = fa_ceil_div(keys, fa_max64(1, fa_min64(BLOCKS / alone, sk / KEYS_LEAST)));
     p->split_keys = fa_round_up(keys, p->block_keys);
     p->splits = fa_max64(1, fa_ceil_div(sk, p->split_keys));
+    if (a->splits_wanted > 0) /* the kernel cuts each sequence by its own length */
+        p->splits = fa_max64(1, fa_min64(a->splits_wanted, fa_ceil_div(sk, p->block_keys)));
 }
 
 static void plan_forward(const fa_args *a, int device, fa_plan *p)
