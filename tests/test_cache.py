@@ -41,7 +41,8 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(pages=st.integers(0, 9), page_size=st.integers(1, 4), quant=st.sampled_from(QUANTS))
     def start(self, pages, page_size, quant):
-        self.cache = fa.PagedKVCache(pages, page_size, 1, 2, dtype=torch.float32, device=torch.get_default_device(), quant=quant)
+        self.cache = fa.PagedKVCache(pages, page_size, 1, 2, dtype=torch.float32, device=torch.get_default_device(),
+                                     quant=quant)
         self.pages, self.page_size, self.model, self.drawn = pages, page_size, {}, 0
 
     def draw(self, count):

@@ -5,10 +5,10 @@
 
 #include "cuda.h"
 
-/* ---- the families, best first ------------------------------------------------------------------------------------- */
+/* ---- the families, best first ------------------------------------------------------------------------------------ */
 
-/* To add one: its fa_cuda_family in cuda.h, an entry here, its sources in CMakeLists.txt. The last of a list takes every
- * call. */
+/* To add one: its fa_cuda_family in cuda.h, an entry here, its sources in CMakeLists.txt. The last of a list takes
+ * every call. */
 static const fa_cuda_family *const FORWARD[] = {&fa_fwd_sm80, &fa_fwd_plain};
 static const fa_cuda_family *const BACKWARD[] = {&fa_bwd_sm80, &fa_bwd_plain};
 
@@ -39,7 +39,7 @@ static const fa_cuda_family *family_of(const fa_args *a, bool backward)
     return f.list[f.n - 1];
 }
 
-/* ---- devices and errors --------------------------------------------------------------------------------------------- */
+/* ---- devices and errors ------------------------------------------------------------------------------------------ */
 
 int fa_cuda_devices(void)
 {
@@ -50,8 +50,8 @@ int fa_cuda_devices(void)
 size_t fa_cuda_shared_limit(int device)
 {
     int bytes = 0;
-    return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? (size_t)bytes
-                                                                                                        : 48 << 10;
+    cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return error == cudaSuccess ? (size_t)bytes : 48 << 10;
 }
 
 fa_status fa_cuda_status(cudaError_t error, const char *what, fa_error *err)
@@ -62,7 +62,7 @@ fa_status fa_cuda_status(cudaError_t error, const char *what, fa_error *err)
     return FA_ERR_UNSUPPORTED;
 }
 
-/* ---- plans ---------------------------------------------------------------------------------------------------------- */
+/* ---- plans ------------------------------------------------------------------------------------------------------- */
 
 static void plan(const fa_args *a, bool backward, fa_plan *p)
 {
@@ -84,7 +84,7 @@ void fa_cuda_plan_backward(const fa_args *a, fa_plan *p)
     plan(a, true, p);
 }
 
-/* ---- runs ----------------------------------------------------------------------------------------------------------- */
+/* ---- runs -------------------------------------------------------------------------------------------------------- */
 
 static fa_status check_workspace(const fa_plan *p, const fa_exec *exec, fa_error *err)
 {
@@ -145,7 +145,7 @@ fa_status fa_cuda_read(void *to, const void *from, size_t bytes, fa_error *err)
     return status ? status : fa_cuda_status(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy", err);
 }
 
-/* ---- the list of kernels -------------------------------------------------------------------------------------------- */
+/* ---- the list of kernels ----------------------------------------------------------------------------------------- */
 
 int fa_cuda_kernels(fa_kernel_info *list, int n)
 {

@@ -44,7 +44,8 @@ static double bytes_of(const fa_tensor *t)
 
 void fa_plan_work(const fa_args *a, bool backward, fa_plan *p)
 {
-    double d = (double)a->q.size[3], dv = (double)a->v.size[3], qkv = bytes_of(&a->q) + bytes_of(&a->k) + bytes_of(&a->v);
+    double d = (double)a->q.size[3], dv = (double)a->v.size[3];
+    double qkv = bytes_of(&a->q) + bytes_of(&a->k) + bytes_of(&a->v);
     p->flops = 2 * visible_scores(a) * (backward ? 3 * d + 2 * dv : d + dv);
     p->bytes = qkv * (backward ? 2 : 1) + bytes_of(&a->mask) + bytes_of(&a->out) +
                bytes_of(backward ? &a->dout : &a->lse);

@@ -373,7 +373,8 @@ inline Memory host_memory(size_t bytes)
     return memory;
 }
 
-// Memory for a planned tensor that is not returned, such as a log-sum-exp that nobody asked for; on a GPU it is torch's.
+// Memory for a planned tensor that is not returned, such as a log-sum-exp that nobody asked for; on a GPU it is
+// torch's.
 struct Scratch {
     Memory host = {nullptr, std::free};
     std::optional<Tensor> device;

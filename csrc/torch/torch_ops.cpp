@@ -169,7 +169,8 @@ backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tensor &quer
     Tensor dq = a.dq.data ? allocate(&a.dq, 0, 4, place) : nothing(a.q.dtype, place);
     Tensor dk = a.dk.data ? allocate(&a.dk, 0, 4, place) : nothing(a.k.dtype, place);
     Tensor dv = a.dv.data ? allocate(&a.dv, 0, 4, place) : nothing(a.v.dtype, place);
-    Tensor dmask = a.dmask.data ? allocate(&a.dmask, 0, 4, place) : nothing(attn_mask ? a.mask.dtype : a.q.dtype, place);
+    Tensor dmask = a.dmask.data ? allocate(&a.dmask, 0, 4, place)
+                                : nothing(attn_mask ? a.mask.dtype : a.q.dtype, place);
     const int sinks_dim = sinks ? static_cast<int>(sinks->dim()) : 0;
     Tensor dsinks = a.dsinks.data ? allocate(&a.dsinks, 2 - sinks_dim, sinks_dim, place)
                                   : nothing(sinks ? a.sinks.dtype : a.q.dtype, place);

@@ -1,5 +1,5 @@
-/* Instructions of sm_80, one wrapper each. Lane numbers and fragments are those of the PTX manual: in a fragment of 16 x 8
- * results lane 4g + t holds row g, columns 2t and 2t + 1, then row g + 8, the same columns. */
+/* Instructions of sm_80, one wrapper each. Lane numbers and fragments are those of the PTX manual: in a fragment of
+ * 16 x 8 results lane 4g + t holds row g, columns 2t and 2t + 1, then row g + 8, the same columns. */
 #ifndef FA_PTX_SM80_CUH
 #define FA_PTX_SM80_CUH
 

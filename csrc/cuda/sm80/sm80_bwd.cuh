@@ -16,7 +16,8 @@
 
 #include "sm80.cuh"
 
-/* DA: columns of dK and dV, or of dQ, that a block sums; more are taken by other blocks, which compute P and dS anew. */
+/* DA: columns of dK and dV, or of dQ, that a block sums; more are taken by other blocks, which compute P and dS
+ * anew. */
 template <typename T_, int DP_, bool KEYS_, bool MOD_> struct fa_bwd_config {
     using T = T_;
     static constexpr fa_sm80_tile TILE = fa_bwd_tile(DP_, sizeof(T) == 4);
@@ -137,7 +138,7 @@ __device__ __forceinline__ void fa_bwd_store(const fa_tensor *t, const float (&a
     }
 }
 
-/* ---- dK and dV ----------------------------------------------------------------------------------------------------- */
+/* ---- dK and dV --------------------------------------------------------------------------------------------------- */
 
 /* Q and dO of the tile, and what belongs to their rows; those that see nothing are not read. */
 template <class C>
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_keys(const __grid_cons
         fa_bwd_store<T>(&a->dk, dk, (float)a->scale, j0, seq.k_rows, c0, dk_at);
 }
 
-/* ---- dQ ------------------------------------------------------------------------------------------------------------ */
+/* ---- dQ ---------------------------------------------------------------------------------------------------------- */
 
 /* Q and dO of the block, and of each lane's rows what belongs to them. */
 template <class C>
@@ -286,13 +287,13 @@ __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_queries(const __grid_c
                     [&](int64_t i) { return fa_q_at(&seq, &a->dq, h, i); });
 }
 
-/* ---- the gradient of a mask ---------------------------------------------------------------------------------------- */
+/* ---- the gradient of a mask -------------------------------------------------------------------------------------- */
 
 /* Sums the results of all lanes that share a column of the mask's gradient, or a row of it, or all; what is summed lies
  * in sSum [RM][CN] and is added in the order of its index. */
 template <class C>
-__device__ static void fa_dmask_store(const fa_args *a, const float (&sum)[C::NT][4], float *sSum, int64_t mb, int64_t mh,
-                                      int64_t i0, int64_t j0, bool all_i, bool all_j)
+__device__ static void fa_dmask_store(const fa_args *a, const float (&sum)[C::NT][4], float *sSum, int64_t mb,
+                                      int64_t mh, int64_t i0, int64_t j0, bool all_i, bool all_j)
 {
     const fa_tensor *m = &a->dmask;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;

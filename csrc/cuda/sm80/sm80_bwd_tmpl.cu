@@ -12,8 +12,8 @@ static fa_status launch(const char *name, fa_sm80_pass pass, const fa_sm80_param
     using Q = fa_bwd_config<FA_T, FA_DP, false, MOD>;
     const int64_t d = p.a.q.size[3], wide = fa_max64(d, p.a.v.size[3]);
     if (pass == FA_PASS_DKV)
-        return fa_launch(name, fa_bwd_sm80_keys<K>, blocks, (int)fa_ceil_div(wide, K::DA), K::THREADS, K::SHARED, stream,
-                         p, err);
+        return fa_launch(name, fa_bwd_sm80_keys<K>, blocks, (int)fa_ceil_div(wide, K::DA), K::THREADS, K::SHARED,
+                         stream, p, err);
     return fa_launch(name, fa_bwd_sm80_queries<Q>, blocks, (int)fa_ceil_div(d, Q::DA), Q::THREADS, Q::SHARED, stream, p,
                      err);
 }

@@ -216,7 +216,8 @@ __device__ __forceinline__ void fa_fwd_store(fa_fwd_rows<C::NA> &r, const fa_sm8
     }
 }
 
-template <class C> __global__ void __launch_bounds__(C::THREADS) fa_fwd_sm80_kernel(const __grid_constant__ fa_sm80_params p)
+template <class C>
+__global__ void __launch_bounds__(C::THREADS) fa_fwd_sm80_kernel(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
     typename C::T *sQ = (typename C::T *)smem, *sK = sQ + C::BM * C::LD, *sV = sK + C::BN * C::LD;

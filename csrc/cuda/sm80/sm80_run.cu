@@ -61,10 +61,10 @@ static void plan_tiles(const fa_args *a, bool backward, fa_plan *p)
     p->block_keys = t.cols;
     p->panels = fa_ceil_div(a->q.size[2], p->block_rows);
     p->threads = 32 * t.warps;
-    p->thread_bytes = backward ? fa_bwd_bytes(t, fa_dtype_size(a->q.dtype)) : fa_fwd_bytes(t, fa_dtype_size(a->q.dtype));
+    p->thread_bytes = (backward ? fa_bwd_bytes : fa_fwd_bytes)(t, fa_dtype_size(a->q.dtype));
 }
 
-/* ---- forward ------------------------------------------------------------------------------------------------------- */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static bool can_forward(const fa_args *a, int device)
 {
@@ -127,9 +127,10 @@ static bool forward_kernel(int i, fa_kernel_info *info)
     return kernel_of(FORWARD, i, info);
 }
 
-extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", fa_runs_on_sm80, forward_kernel, can_forward, plan_forward, launch_forward};
+extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", fa_runs_on_sm80, forward_kernel, can_forward,
+                                               plan_forward, launch_forward};
 
-/* ---- backward ------------------------------------------------------------------------------------------------------ */
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 static bool can_backward(const fa_args *a, int device)
 {
@@ -180,4 +181,5 @@ static bool backward_kernel(int i, fa_kernel_info *info)
     return kernel_of(BACKWARD, i, info);
 }
 
-extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", fa_runs_on_sm80, backward_kernel, can_backward, plan_backward, launch_backward};
+extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", fa_runs_on_sm80, backward_kernel, can_backward,
+                                               plan_backward, launch_backward};

@@ -1,5 +1,5 @@
-/* Backward in double, as csrc/cpu/cpu_scalar_bwd.c: a warp has a query row and sums dQ, or a key row and sums dK and dV,
- * or an element of a float mask and sums its gradient. The pair's numbers are computed one pair a lane; then the lanes
+/* Backward in double, as csrc/cpu/cpu_scalar_bwd.c: a warp has a query row and sums dQ, or a key row and sums dK and
+ * dV, or an element of a float mask and sums its gradient. The pair's numbers are computed one pair a lane; then the lanes
  * share the columns. */
 #include "plain.cuh"
 
@@ -55,7 +55,7 @@ __device__ static void add_row(double (&acc)[COLUMNS], double w, const fa_tensor
     }
 }
 
-/* ---- dQ ------------------------------------------------------------------------------------------------------------ */
+/* ---- dQ ---------------------------------------------------------------------------------------------------------- */
 
 __global__ void fa_bwd_plain_queries(const __grid_constant__ fa_plain_params params)
 {
@@ -90,7 +90,7 @@ __global__ void fa_bwd_plain_queries(const __grid_constant__ fa_plain_params par
     store_row(&a->dq, fa_q_at(&p.seq, &a->dq, p.h, i), acc);
 }
 
-/* ---- dK, dV -------------------------------------------------------------------------------------------------------- */
+/* ---- dK, dV ------------------------------------------------------------------------------------------------------ */
 
 __device__ static void add_head(const fa_plain_params &params, const fa_plain_head &p, int64_t j, const double *k,
                                 const double *v, double (&dk)[COLUMNS], double (&dv)[COLUMNS])
@@ -141,7 +141,7 @@ __global__ void fa_bwd_plain_keys(const __grid_constant__ fa_plain_params params
         store_row(&a->dv, fa_k_at(a, &seq, &a->dv, hk, j), dv);
 }
 
-/* ---- the gradient of a mask ---------------------------------------------------------------------------------------- */
+/* ---- the gradient of a mask -------------------------------------------------------------------------------------- */
 
 struct box { /* the scores that an element of the mask took part in */
     int64_t lo[4], n[4];
@@ -201,7 +201,7 @@ __global__ void fa_dmask_plain(const __grid_constant__ fa_plain_params params)
         fa_store(a->dmask.data, a->dmask.dtype, to, sum);
 }
 
-/* ---- launch -------------------------------------------------------------------------------------------------------- */
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
 
 static const char *const NAMES[] = {"fa_bwd_plain_f32", "fa_bwd_plain_bf16", "fa_bwd_plain_f16", "fa_bwd_plain_f64"};
 
@@ -249,8 +249,8 @@ static fa_status launch(const fa_args *a, const fa_plan *p, void *workspace, cud
                            err);
     const int64_t keys = (a->cu_k.data ? a->cu_k.size[0] : a->k.size[0]) * a->k.size[1];
     if (!status && (a->dk.data || a->dv.data))
-        status = fa_launch(p->kernel, fa_bwd_plain_keys, keys * fa_ceil_div(a->k.size[2], FA_PLAIN_WARPS), 1, p->threads,
-                           p->thread_bytes, stream, params, err);
+        status = fa_launch(p->kernel, fa_bwd_plain_keys, keys * fa_ceil_div(a->k.size[2], FA_PLAIN_WARPS), 1,
+                           p->threads, p->thread_bytes, stream, params, err);
     const int64_t *m = a->mask.size;
     if (!status && a->dmask.data)
         status = fa_launch(p->kernel, fa_dmask_plain, fa_ceil_div(m[0] * m[1] * m[2] * m[3], FA_PLAIN_WARPS), 1,

@@ -93,7 +93,7 @@ __global__ void fa_fwd_plain_kernel(const __grid_constant__ fa_plain_params para
                  nothing_seen ? -INFINITY : x.m + log(x.l));
 }
 
-/* ---- launch -------------------------------------------------------------------------------------------------------- */
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
 
 static const char *const NAMES[] = {"fa_fwd_plain_f32", "fa_fwd_plain_bf16", "fa_fwd_plain_f16", "fa_fwd_plain_f64"};
 

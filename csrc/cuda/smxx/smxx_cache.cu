@@ -1,5 +1,5 @@
-/* Filling a cache and merging partial results, as csrc/cpu/cpu_append.c and cpu_merge.c do it: a warp to a row. What has
- * no room in the cache, or no page, is dropped. */
+/* Filling a cache and merging partial results, as csrc/cpu/cpu_append.c and cpu_merge.c do it: a warp to a row. What
+ * has no room in the cache, or no page, is dropped. */
 #include <float.h>
 
 #include "../cuda.h"
@@ -12,7 +12,7 @@ __device__ __forceinline__ char *address(const fa_tensor *t, int64_t b, int64_t 
     return (char *)t->data + (b * t->stride[0] + h * t->stride[1] + s * t->stride[2]) * fa_dtype_width(t->dtype);
 }
 
-/* ---- one row ------------------------------------------------------------------------------------------------------- */
+/* ---- one row ----------------------------------------------------------------------------------------------------- */
 
 /* Element d of a row, turned by the angles of `position`: pairs (x, y) -> (x cos - y sin, x sin + y cos) */
 template <typename R>
@@ -62,7 +62,8 @@ __device__ static float scale_of_row(const fa_append_args *a, float *scale, cons
     return by > 0 ? by : 1;
 }
 
-__device__ static void move_row(const fa_append_args *a, const source &s, const fa_tensor *target, char *to, float *scale)
+__device__ static void move_row(const fa_append_args *a, const source &s, const fa_tensor *target, char *to,
+                                float *scale)
 {
     const float by = scale ? scale_of_row(a, scale, s, target->dtype) : 1;
     for (int64_t d = threadIdx.x % 32; d < s.t->size[3]; d += 32) {
@@ -71,7 +72,7 @@ __device__ static void move_row(const fa_append_args *a, const source &s, const 
     }
 }
 
-/* ---- append -------------------------------------------------------------------------------------------------------- */
+/* ---- append ------------------------------------------------------------------------------------------------------ */
 
 /* Sequence n, row i of it, and where that is: in k_new (b, s) and in the cache (batch, row). */
 struct place {
@@ -160,7 +161,7 @@ fa_status fa_append_launch(const fa_append_args *a, cudaStream_t stream, fa_erro
                      err);
 }
 
-/* ---- merge --------------------------------------------------------------------------------------------------------- */
+/* ---- merge ------------------------------------------------------------------------------------------------------- */
 
 struct weights {
     double a, b, lse; /* a + b = 1, or both 0 where neither part takes part */

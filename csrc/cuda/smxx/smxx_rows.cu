@@ -56,7 +56,7 @@ struct params {
     int64_t splits;
 };
 
-/* ---- what backward wants of each row ------------------------------------------------------------------------------- */
+/* ---- what backward wants of each row ----------------------------------------------------------------------------- */
 
 template <typename S> __device__ __forceinline__ S warp_sum(S x)
 {
@@ -109,10 +109,10 @@ fa_status fa_bwd_rows_launch(const fa_args *a, void *workspace, cudaStream_t str
                      fa_ceil_div(rows_of(a), WARPS), 1, 32 * WARPS, 0, stream, params_of(a, workspace), err);
 }
 
-/* ---- the gradient of the sinks ------------------------------------------------------------------------------------- */
+/* ---- the gradient of the sinks ----------------------------------------------------------------------------------- */
 
-/* dsink = -sum exp(sink - lse) delta: a key whose value is 0. A block has one element; thread x sums the rows x, x + 256,
- * ..., and the threads' sums are added in a fixed tree. */
+/* dsink = -sum exp(sink - lse) delta: a key whose value is 0. A block has one element; thread x sums the rows x,
+ * x + 256, ..., and the threads' sums are added in a fixed tree. */
 template <typename S> __global__ void fa_dsinks_kernel(const __grid_constant__ params p)
 {
     __shared__ double sSum[256];
@@ -145,7 +145,7 @@ fa_status fa_dsinks_launch(const fa_args *a, const void *workspace, cudaStream_t
                      a->sinks.size[0] * a->q.size[1], 1, 256, 0, stream, params_of(a, workspace), err);
 }
 
-/* ---- the merge of split keys --------------------------------------------------------------------------------------- */
+/* ---- the merge of split keys ------------------------------------------------------------------------------------- */
 
 /* Weights 2^(max of the part - max of all); a warp has a row. */
 __global__ void fa_combine_kernel(const __grid_constant__ params p)

@@ -131,7 +131,7 @@ __device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_row
     }
 }
 
-/* ---- rows that hold NaN or infinity -------------------------------------------------------------------------------- */
+/* ---- rows that hold NaN or infinity ------------------------------------------------------------------------------ */
 
 /* A hidden key has weight 0, and 0 times NaN or infinity is NaN. So rows that hold one enter the product as 0. For fp32
  * the largest numbers count too: their parts in tf32 could overflow. */

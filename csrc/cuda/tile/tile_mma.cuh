@@ -16,7 +16,7 @@ template <typename T> __host__ __device__ constexpr int fa_tile_ld(int width)
     return width + 16 / (int)sizeof(T);
 }
 
-/* ---- bf16 and fp16 ------------------------------------------------------------------------------------------------- */
+/* ---- bf16 and fp16 ----------------------------------------------------------------------------------------------- */
 
 template <typename T> struct fa_frag_a {
     uint32_t r[4];
@@ -26,7 +26,8 @@ template <typename T> struct fa_frag_b { /* of two neighbouring 8-column tiles *
 };
 
 /* A <- rows row0 .. +15, columns k0 .. +15 of the tile */
-template <typename T> __device__ __forceinline__ void fa_load_a(fa_frag_a<T> &a, const T *tile, int ld, int row0, int k0)
+template <typename T>
+__device__ __forceinline__ void fa_load_a(fa_frag_a<T> &a, const T *tile, int ld, int row0, int k0)
 {
     int lane = threadIdx.x % 32;
     ptx_ldmatrix(a.r, tile + (row0 + lane % 16) * ld + k0 + lane / 16 * 8);
@@ -167,9 +168,10 @@ __device__ __forceinline__ void fa_mma(float c0[4], float c1[4], const fa_frag_a
     fa_mma_one(c1, a, b, 1);
 }
 
-/* ---- products of tiles --------------------------------------------------------------------------------------------- */
+/* ---- products of tiles ------------------------------------------------------------------------------------------- */
 
-/* C = R B^T: rows row0 .. +15 of sR [row][k] with the 8 NT rows of sB [n][k], over `width` columns (a multiple of 16) */
+/* C = R B^T: rows row0 .. +15 of sR [row][k] with the 8 NT rows of sB [n][k], over `width`
+ * columns (a multiple of 16) */
 template <typename T, int NT>
 __device__ __forceinline__ void fa_product_nk(float (&c)[NT][4], const T *sR, int r_ld, int row0, const T *sB, int b_ld,
                                               int width)
@@ -192,7 +194,8 @@ __device__ __forceinline__ void fa_product_nk(float (&c)[NT][4], const T *sR, in
     }
 }
 
-/* acc (16 x 8 NA) += W X: W the results of a tile (16 x 8 NT), X its 8 NT rows in shared memory, stored [row][column] */
+/* acc (16 x 8 NA) += W X: W the results of a tile (16 x 8 NT), X its 8 NT rows in shared memory, stored
+ * [row][column] */
 template <typename T, int NT, int NA>
 __device__ __forceinline__ void fa_product_kn(float (&acc)[NA][4], const float (&w)[NT][4], const T *sX, int x_ld)
 {

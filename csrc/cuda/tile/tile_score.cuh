@@ -146,7 +146,7 @@ __device__ __forceinline__ void fa_drop_tile(float (&w)[NT][4], const fa_scores 
         }
 }
 
-/* ---- the end of a row ---------------------------------------------------------------------------------------------- */
+/* ---- the end of a row -------------------------------------------------------------------------------------------- */
 
 struct fa_row_end {
     float scale; /* multiplies the weighted sum of values */

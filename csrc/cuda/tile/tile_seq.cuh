@@ -71,12 +71,13 @@ __device__ static fa_seq fa_seq_at(const fa_args *a, int64_t n)
     return s;
 }
 
-/* ---- which block has which tile ----------------------------------------------------------------------------------- */
+/* ---- which block has which tile ---------------------------------------------------------------------------------- */
 
 /* Sequences of q, or of k, with the surplus; 1 batch of a packed tensor is cut into tiles of `rows` as follows: the
  * tiles of sequence n are numbered from cu[n] / rows + n on. That is at least as many numbers as it needs, found
  * without a table; those left over are empty. */
-static inline __host__ __device__ int64_t fa_tile_slots(const fa_tensor *cu, int64_t batch, int64_t length, int64_t rows)
+static inline __host__ __device__ int64_t fa_tile_slots(const fa_tensor *cu, int64_t batch, int64_t length,
+                                                        int64_t rows)
 {
     return cu->data ? length / rows + cu->size[0] : batch * fa_ceil_div(length, rows);
 }
@@ -102,7 +103,7 @@ __device__ static fa_tile fa_tile_of(const fa_tensor *cu, int64_t length, int64_
     return {lo, (slot - (fa_offset_at(cu, lo, length) / rows + lo)) * rows};
 }
 
-/* ---- where rows lie ------------------------------------------------------------------------------------------------ */
+/* ---- where rows lie ---------------------------------------------------------------------------------------------- */
 
 /* element offset of row i of head h of q, or of what is like it */
 __device__ __forceinline__ int64_t fa_q_at(const fa_seq *s, const fa_tensor *t, int64_t h, int64_t i)
