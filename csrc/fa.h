@@ -129,8 +129,9 @@ typedef struct fa_args {
     fa_tensor dsinks; /* shape of sinks, f32 (f64 when q is f64) */
 } fa_args;
 
-/* Full check of the arguments of one direction, before any work. Reads only the lengths (q_seqlens, kv_seqlens),
- * which must be host memory. On refusal err->text says which value was seen and which are allowed. */
+/* Full check of the arguments of one direction, before any work. Reads only what says where rows lie (q_seqlens,
+ * kv_seqlens, cu_q, cu_k, block_table), which must be host memory. On refusal err->text says which value was seen and
+ * which are allowed. */
 fa_status fa_validate_forward(const fa_args *a, fa_error *err);
 fa_status fa_validate_backward(const fa_args *a, fa_error *err);
 

@@ -89,7 +89,11 @@ def decode_attention(query, k_cache, v_cache, cache_seqlens, *, k_new=None, v_ne
         except (RuntimeError, TypeError):
             pass
 
-    _check(query, k_cache, v_cache, cache_seqlens, k_new, v_new, sinks, scale, softcap)
+    _check(query, k_cache, v_cache, cache_seqlens, scale, softcap)
+    if (_is_grad_enabled() or forward_ad._current_level >= 0) and is_differentiated(
+            (query, k_cache, v_cache, k_new, v_new, sinks, alibi_slopes, rope_cos, rope_sin, k_scale, v_scale, out)):
+        raise RuntimeError("decode_attention is inference-only, but an input requires grad: call it under "
+                           "torch.no_grad(), or use scaled_dot_product_attention or varlen_attn, which have gradients")
     splits = 0 if num_splits is None else check_splits(num_splits)
     bounded = causal and tree_mask is None
     left, right = (-1, 0 if bounded else -1) if window is None else sdpa.window_sides(window, bounded)
@@ -116,17 +120,13 @@ def mark_written(*tensors):
     torch.autograd.graph.increment_version([x for x in tensors if x is not None])
 
 
-def _check(query, k_cache, v_cache, cache_seqlens, k_new, v_new, sinks, scale, softcap):
+def _check(query, k_cache, v_cache, cache_seqlens, scale, softcap):
     if not (isinstance(query, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)
             and isinstance(cache_seqlens, Tensor)):
         for name, x in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache), ("cache_seqlens", cache_seqlens)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     sdpa.check_scalars(0.0, scale, softcap)
-    if (_is_grad_enabled() or forward_ad._current_level >= 0) and is_differentiated(
-            (query, k_cache, v_cache, k_new, v_new, sinks)):
-        raise RuntimeError("decode_attention is inference-only, but an input requires grad: call it under "
-                           "torch.no_grad(), or use scaled_dot_product_attention or varlen_attn, which have gradients")
 
 
 def _autocast(cache, query, k_new, v_new, sinks, alibi_slopes):

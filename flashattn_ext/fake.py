@@ -102,7 +102,7 @@ def _require_one_device(query, key, value, *others):
 def _empty(shape, like):
     """A dense tensor whose dimensions lie in memory in the order of like's, as torch.empty_like lays them out.
 
-    csrc/torch/torch_ops.cpp allocates by the same rule: an insertion sort of the strides from the innermost dimension
+    csrc/torch/torch_args.h allocates by the same rule: an insertion sort of the strides from the innermost dimension
     outwards. A stride of 0 says nothing about the order, and of equal strides the larger size lies further out.
     """
     order = list(reversed(range(len(shape))))  # innermost first

@@ -122,7 +122,7 @@ def decode_attention(query, k_cache, v_cache, cache_seqlens, *, k_new=None, v_ne
         k_cache, v_cache, k_scale, v_scale = append(
             k_cache, v_cache, cache_seqlens, k_new, v_new, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
             rope_cos=rope_cos, rope_sin=rope_sin, rope_interleaved=rope_interleaved)
-        if rope_cos is not None:
+        if rope_cos is not None and lengths:
             query = torch.stack([_rotate(q.double(), rope_cos.double(), rope_sin.double(), first, rope_interleaved)
                                  for q, first in zip(query, lengths)])
         lengths = [length + k_new.shape[1] for length in lengths]

@@ -33,24 +33,6 @@ def test_public_names():
     assert callable(fa.reference.attention)
 
 
-SIGNATURES = {
-    "varlen_attn": "(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, "
-                   "window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None, "
-                   "softcap=0.0, sinks=None, alibi_slopes=None)",
-    "decode_attention": "(query, k_cache, v_cache, cache_seqlens, *, k_new=None, v_new=None, block_table=None, "
-                        "scale=None, causal=True, window=None, softcap=0.0, sinks=None, alibi_slopes=None, "
-                        "rope_cos=None, rope_sin=None, rope_interleaved=False, k_scale=None, v_scale=None, "
-                        "tree_mask=None, num_splits=None, batch_invariant=False, return_lse=False, out=None)",
-    "merge_attention": "(out_a, lse_a, out_b, lse_b)",
-    "PagedKVCache": "(num_pages, page_size, num_kv_heads, head_dim, *, v_head_dim=None, dtype, device, quant=None)",
-}
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_of_serving(name):
-    assert str(inspect.signature(getattr(fa, name))) == SIGNATURES[name]
-
-
 def test_signature_of_the_drop_in():
     assert str(inspect.signature(SDPA)) == (
         "(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, "

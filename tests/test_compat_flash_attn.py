@@ -425,6 +425,16 @@ ONE = torch.zeros(1, dtype=torch.int32)
     ("flash_attn_with_kvcache", dict(CACHE, block_table=ONE[None], cache_batch_idx=ONE), ["block_table", "batch_idx"]),
     ("flash_attn_with_kvcache", dict(CACHE, block_table=ONE[None], cache_leftpad=ONE), ["block_table", "leftpad"]),
     ("flash_attn_with_kvcache", dict(CACHE, k=ones(1, 2, 2, 8), v=ones(1, 2, 2, 8), cache_seqlens=3), ["3"]),
+    ("flash_attn_with_kvcache", dict(CACHE, cache_seqlens=3, cache_batch_idx=ONE + 1), ["batch_idx[0]", "1", "0"]),
+    ("flash_attn_with_kvcache", dict(CACHE, cache_batch_idx=ONE[None]), ["cache_batch_idx", "(1,)", "(1, 1)"]),
+    ("flash_attn_with_kvcache", dict(CACHE, cache_seqlens=3, cache_leftpad=ONE + 4), ["cache_leftpad[0]", "3", "4"]),
+    ("flash_attn_with_kvcache", dict(CACHE, cache_leftpad=ONE - 1), ["cache_leftpad[0]", "-1"]),
+    ("flash_attn_with_kvcache", dict(CACHE, k=ones(1, 1, 2, 8), v=ones(1, 1, 2, 8), cache_seqlens=4,
+                                     cache_leftpad=ONE + 1), ["cache_seqlens[0]", "3", "4"]),
+    ("flash_attn_with_kvcache", dict(CACHE, q=ones(1, 2, 2, 8), k=ones(1, 1, 2, 8), v=ones(1, 1, 2, 8), cache_seqlens=2,
+                                     rotary_cos=ones(2, 4), rotary_sin=ones(2, 4)), ["rotary_cos", "2 positions"]),
+    ("flash_attn_with_kvcache", dict(CACHE, q=ones(1, 2, 2, 8), k=ones(1, 1, 2, 8), v=ones(1, 1, 2, 8), cache_seqlens=2,
+                                     rotary_cos=ones(9, 5), rotary_sin=ones(9, 5)), ["rotary_cos", "8", "(9, 5)"]),
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_refusals_name_what_was_seen_and_what_is_allowed(name, arguments, words):
     before = {key: x.clone() for key, x in arguments.items() if isinstance(x, torch.Tensor)}
@@ -439,11 +449,6 @@ def test_padding_in_front_of_a_cache_that_cannot_be_cut_into_tokens():
     with pytest.raises(RuntimeError, match="cache_leftpad.*strides"):
         flash_attn.flash_attn_with_kvcache(ones(2, 1, 2, 8), k, k, cache_seqlens=3,
                                            cache_leftpad=torch.tensor([1, 0], dtype=torch.int32))
-
-
-def test_a_row_of_the_cache_that_does_not_exist():
-    with pytest.raises(RuntimeError):
-        flash_attn.flash_attn_with_kvcache(**CACHE, cache_seqlens=3, cache_batch_idx=torch.tensor([1]).int())
 
 
 # ---- bert_padding ---------------------------------------------------------------------------------------------------

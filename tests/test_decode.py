@@ -113,6 +113,9 @@ def test_nothing_to_do():
         out, lse = step.call()
         assert out.shape == (len(lengths), SQ, 4, 16) and lse.shape == (len(lengths), 4, SQ)
         assert out[lse.transpose(1, 2) == -math.inf].eq(0).all()
+    step, (cos, sin) = Step(SQ=2, lengths=[]), turning(80, 8)
+    for call in (fa.decode_attention, fa.reference.decode_attention):
+        assert step.call(call, **step.new(), rope_cos=cos, rope_sin=sin)[0].shape == (0, 2, 4, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -433,7 +436,7 @@ def test_batch_invariance(SQ, dtype, stored):
     assert torch.equal(step.call(**cut)[0][0], want[0][4])
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 9, 1000])
+@pytest.mark.parametrize("num_splits", [1, 2, 9, 1000, 2**63 - 1])
 def test_num_splits(num_splits):
     lengths = [900, 3, 0, 1500]
     step = Step(torch.float32, 1, lengths, 1500, HQ=8, HK=2, D=64)
@@ -460,6 +463,19 @@ def test_autocast():
         (k, k_scale), (v, v_scale) = (quantise(x, torch.int8, "head") for x in (step.k, step.v))
         assert step.call(query=step.q.float(), k_cache=k, v_cache=v, k_scale=k_scale,
                          v_scale=v_scale)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "rope_cos", "rope_sin", "out"])
+def test_inference_only_whatever_requires_grad(name):
+    step = Step(SQ=2)
+    cos, sin = turning(80, 8)
+    options = dict(step.new(), alibi_slopes=torch.rand(4), sinks=torch.rand(4), rope_cos=cos, rope_sin=sin,
+                   out=torch.empty(5, 2, 4, 16))
+    options[name] = options[name].requires_grad_()
+    before = step.k.clone()
+    with pytest.raises(RuntimeError, match="inference-only"):
+        fa.decode_attention(step.q, step.k, step.v, step.seqlens, **options)
+    assert same_bits(step.k, before)
 
 
 def test_inference_only():
@@ -540,6 +556,7 @@ SCALES_REFUSED = [
     (dict(k_scale=zeros(2, dtype=torch.float16)), "k_scale has dtype float16"),
     (dict(k_scale=zeros(3)), r"k_scale has shape"),
     (dict(v_scale=zeros(4, 2)), r"v_scale has shape"),
+    (dict(v_scale=zeros(5, 1)), r"v_scale has shape"),
     (dict(v_scale=zeros(5, 70, 2)), "either both are per token"),
     (dict(k_scale=zeros(5, 69, 2), v_scale=zeros(5, 70, 2)), r"k_scale has shape"),
     (dict(k_scale=zeros(1, 1, 1, 1)), "k_scale must be"),

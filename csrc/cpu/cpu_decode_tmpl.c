@@ -5,9 +5,9 @@
  * FA_ROWS_MAX. Here the head dimension is in the lanes, as K and V lie in memory, each row behind a pointer of its own,
  * so that pages of any size cost nothing:
  *
- *   for each block of 64 keys
- *       S[row][key] = q . k                tiles of rows x keys of accumulators, one reduction for four sums;
- *                                          meanwhile the next block of K is prefetched
+ *   for each block of keys
+ *       S[row][key] = q . k                tiles of rows x keys of accumulators, their lanes summed a group of keys at
+ *                                          a time; meanwhile the next block of K is prefetched
  *       scale of the key, softcap, bias, ALiBi, visibility                                       keys in the lanes
  *       P = 2^(S - max); rescale, sum; scale of the value
  *       O[row][dv] = rescale * O + P V     tiles of rows x vectors of accumulators over the whole block;
@@ -22,9 +22,9 @@
 #include "cpu_tile.h"
 
 #define KB FA_ROWS_KEY_BLOCK
-#define ROWS 4    /* most rows of a tile */
-#define GROUP VL  /* keys that all rows take before the next ones */
-#define COLS 8    /* most vectors of columns of a tile */
+#define ROWS 4       /* most rows of a tile */
+#define GROUP VL     /* keys that all rows take before the next ones */
+#define COLS 8       /* most vectors of columns of a tile */
 #define FETCH_KEYS 2 /* keys of a tile of values between two steps of fetch */
 
 /* Keys of a tile of scores and vectors of a tile of outputs, by its rows: as many sums as registers can hold. */
@@ -150,16 +150,17 @@ static void point_at(key_block *to, const rows *w, int64_t first, int64_t end)
     }
 }
 
-static void scales_of(key_block *to, const rows *w, fa_dtype dtype)
+/* Scales of n keys from `first` on. */
+static void scales_of(key_block *to, const rows *w, int64_t first, int n, fa_dtype dtype)
 {
     const fa_args *a = w->a;
-    for (int i = 0; i < to->n; i++) {
-        to->k_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->k_scale, w->hk, to->first + i);
-        to->v_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->v_scale, w->hk, to->first + i);
+    for (int i = 0; i < n; i++) {
+        to->k_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->k_scale, w->hk, first + i);
+        to->v_scale[i] = unit_of(dtype) * fa_key_scale(a, &a->v_scale, w->hk, first + i);
     }
 }
 
-/* The next block's rows, fetched while this one is worked on: evenly, as a core has room for some 20 misses at a time. */
+/* The next block's rows, fetched while this one is worked on: evenly, as a core has room for about 20 misses. */
 typedef struct ahead {
     const char *const *next;
     int rows, steps; /* rows are due over this many steps */
@@ -371,7 +372,8 @@ FA_INLINE void value_block(const rows *w, const key_block *now, const key_block 
     int tiles = 0;
     for (int r = 0; r < w->n; r += ROWS)
         tiles += value_tiles(w, w->n - r < ROWS ? w->n - r : ROWS, dtype);
-    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype), .steps = tiles * (now->n / FETCH_KEYS)};
+    ahead f = {.next = next->v, .rows = next->n, .bytes = w->dv * size_of(dtype),
+               .steps = tiles * (now->n / FETCH_KEYS)};
     for (int r = 0; r < w->n; r += ROWS)
         switch (w->n - r) {
         case 1: value_strip(w, now, r, 1, rescale, &f, dtype); break;
@@ -382,18 +384,6 @@ FA_INLINE void value_block(const rows *w, const key_block *now, const key_block 
 }
 
 /* ---- from scores to weights -------------------------------------------------------------------------------------- */
-
-/* mask_values of keys, of which those before mask_first have no column and are not hidden */
-FA_INLINE vf mask_of_keys(const fa_args *a, const char *mask, int64_t key, int n)
-{
-    int64_t column = key - a->mask_first;
-    if (column >= 0)
-        return mask_values(&a->mask, mask, column, n);
-    float x[2 * VL] = {0};
-    if (column + n > 0)
-        v_store(x - column, mask_values(&a->mask, mask, 0, (int)(column + n)));
-    return v_load(x);
-}
 
 /* Scale, softcap, bias, ALiBi and visibility of the scores of one row, keys in the lanes; top becomes the largest.
  * Returns whether some key of the block is hidden from the row. */
@@ -415,7 +405,7 @@ FA_INLINE bool finish_scores(const rows *w, int r, const key_block *now, vf *top
         if (w->ops.softcap)
             x = v_mul(v_tanh(x), v_set1((float)(a->softcap * FA_LOG2E)));
         if (mask) {
-            vf bias = mask_of_keys(a, mask, k0 + j, nk - j < VL ? nk - j : VL);
+            vf bias = mask_values_from(&a->mask, mask, k0 + j, nk - j < VL ? nk - j : VL, a->mask_first);
             vm none = v_eq(bias, hide);
             x = v_select(none, hide, v_add(x, bias));
             hidden = vm_or(hidden, none);
@@ -584,8 +574,8 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
         float rescale[FA_ROWS_MAX];
         bool hides = false;
         point_at(next, &w, now->first + w.block, keys.hi);
-        if (quantised(dtype))
-            scales_of(now, &w, dtype);
+        if (quantised(dtype) && (a->scale_per_token || i < 2)) /* else they stay: two blocks take turns */
+            scales_of(now, &w, now->first, a->scale_per_token ? now->n : KB, dtype);
         dots(&w, now, next);
         for (int r = 0; r < w.n; r++)
             hides |= row_weights(&w, r, now, rescale, dtype);

@@ -13,7 +13,7 @@ int64_t fa_split_keys(const fa_args *a, int64_t units, int64_t key_block, int64_
     int64_t most = PARTIAL_MAX / fa_max64(1, rows * fa_partial_floats(a->v.size[3]) * 4);
     int64_t want = fa_min64(fa_min64(fa_ceil_div(UNITS_WANTED, fa_max64(1, units)), sk / KEYS_LEAST), most);
     if (a->splits_wanted > 0)
-        want = a->splits_wanted;
+        want = fa_min64(a->splits_wanted, sk);
     int64_t keys = fa_round_up(fa_max64(1, fa_ceil_div(sk, fa_max64(1, want))), key_block);
     *splits = fa_max64(1, fa_ceil_div(sk, keys));
     return keys;

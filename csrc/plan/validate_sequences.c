@@ -100,7 +100,8 @@ static fa_status check_scale(const char *name, const fa_tensor *s, const char *w
         return refuse(err, FA_ERR_SHAPE, "%s has dtype %s: it must be float32", name, fa_dtype_name(s->dtype));
     bool fits = a->scale_per_token
                     ? s->size[0] == k[0] && s->size[1] == k[1] && s->size[2] == k[2]
-                    : (s->size[0] == 1 || s->size[0] == n) && (s->size[1] == 1 || s->size[1] == k[1]) && s->size[2] == 1;
+                    : (s->size[1] == k[1] ? s->size[0] == 1 || s->size[0] == n : s->size[0] == 1 && s->size[1] == 1) &&
+                          s->size[2] == 1;
     if (!fits || s->size[3] != 1)
         return refuse(err, FA_ERR_SHAPE,
                       "%s has shape %s: as (batch or pages, heads, length, 1) it must be (1, 1, 1, 1), (1 or %" PRId64

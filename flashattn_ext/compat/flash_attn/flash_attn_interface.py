@@ -152,6 +152,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     if not isinstance(cache_seqlens, Tensor):
         tokens = capacity if cache_seqlens is None else cache_seqlens
         cache_seqlens = torch.full((q.shape[0],), tokens, dtype=torch.int32, device=q.device)
+    _check_places(cache_batch_idx, cache_leftpad, cache_seqlens, k_cache, q.shape[0], 0 if k is None else k.shape[1])
     # A side that reaches over the whole cache is no window, which matters for how queries turn.
     window_size = tuple(-1 if side >= capacity else side for side in window_size)
     left, right = _window(window_size, causal)
@@ -197,6 +198,29 @@ def _check_cache_arguments(k, v, rotary_cos, rotary_sin, cache_seqlens, cache_ba
         raise RuntimeError(f"block_table says where a sequence lies in the cache: it must be None with {names}")
 
 
+def _check_places(rows, leftpad, lengths, k_cache, batch, new):
+    """Refuses what decode_attention would refuse in terms of the block table that stands for rows and leftpad. Their
+    values are looked at on the CPU only: elsewhere that would wait for the device."""
+    if rows is None and leftpad is None:
+        return
+    for name, x in (("cache_batch_idx", rows), ("cache_leftpad", leftpad), ("cache_seqlens", lengths)):
+        if x is not None and x.shape != (batch,):
+            raise RuntimeError(f"{name} must be ({batch},), one number for each sequence, got {tuple(x.shape)}")
+    if k_cache.device.type != "cpu":
+        return
+    number, capacity = k_cache.shape[:2]
+    for b, length in enumerate(lengths.tolist()):
+        if rows is not None and not 0 <= rows[b] < number:
+            raise RuntimeError(f"cache_batch_idx[{b}] must be between 0 and {number - 1}, the last row of the cache, "
+                               f"got {int(rows[b])}")
+        if not 0 <= length <= capacity - new:
+            raise RuntimeError(f"cache_seqlens[{b}] must be between 0 and {capacity - new}, the capacity of the cache "
+                               f"({capacity}) less the tokens of k ({new}), got {length}")
+        if leftpad is not None and not 0 <= leftpad[b] <= length:
+            raise RuntimeError(f"cache_leftpad[{b}] must be between 0 and {length}, cache_seqlens[{b}], got "
+                               f"{int(leftpad[b])}")
+
+
 def _token_pages(k_cache, v_cache, rows, leftpad, batch):
     """The caches as pages of one token, and the table (B, S) of those from leftpad on; -1, which no call may use, for
     what would lie behind the end of a row."""
@@ -215,9 +239,15 @@ def _token_pages(k_cache, v_cache, rows, leftpad, batch):
 
 def _turned(x, positions, cos, sin, interleaved):
     """Rotary embedding of x (B, S, H, D) at positions (B, S or 1), in float32 or better; R = 2 * cos.shape[1]."""
+    half = cos.shape[1]
+    if 2 * half > x.shape[-1] or cos.shape != sin.shape:
+        raise RuntimeError("rotary_cos and rotary_sin must be (positions, R / 2) with R at most the head dimension "
+                           f"{x.shape[-1]}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    if x.device.type == "cpu" and positions.numel() and not 0 <= positions.min() <= positions.max() < len(cos):
+        raise RuntimeError(f"rotary_cos has {len(cos)} positions: tokens must be turned by 0 to {len(cos) - 1}, got "
+                           f"{int(positions.min())} to {int(positions.max())}")
     exact = torch.promote_types(x.dtype, torch.float32)
     c, s = (table[positions].to(exact).unsqueeze(2) for table in (cos, sin))
-    half = cos.shape[1]
     turning = x[..., :2 * half].to(exact)
     pairs = turning.unflatten(-1, (half, 2)) if interleaved else turning.unflatten(-1, (2, half)).transpose(-1, -2)
     a, b = pairs.unbind(-1)
