@@ -21,7 +21,10 @@
 
 /* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES blocks
  * of K and of V in flight; TURNS: warpgroups take turns at the tensor cores. */
-template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, bool TURNS_> struct fa_fwd_sm90_config {
+template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, bool TURNS_, int EARLY_ = 0, bool ORDER_ = true>
+struct fa_fwd_sm90_config {
+    static constexpr int EARLY = EARLY_;
+    static constexpr bool ORDER = ORDER_;
     using T = T_;
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_;
     static constexpr bool TURNS = TURNS_;
@@ -36,7 +39,7 @@ template <class C> struct fa_fwd_sm90_shared {
     alignas(1024) typename C::T q[C::WGS][64 * C::D];
     alignas(1024) typename C::T k[C::STAGES][C::BN * C::D];
     alignas(1024) typename C::T v[C::STAGES][C::BN * C::DV];
-    uint64_t q_full, q_empty;
+    uint64_t q_full[C::WGS], q_empty[C::WGS];
     uint64_t k_full[C::STAGES], k_empty[C::STAGES];
     uint64_t v_full[C::STAGES], v_empty[C::STAGES];
 };
@@ -97,49 +100,60 @@ template <class C>
 __device__ __forceinline__ void fa_load_queries(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
                                                 uint32_t &parity)
 {
-    fa_mbar_wait(&s.q_empty, parity ^ 1);
-    parity ^= 1;
-    fa_mbar_expect(&s.q_full, sizeof(s.q));
 #pragma unroll
-    for (int w = 0; w < C::WGS; w++)
-        fa_load_rows<64, C::D>(s.q[w], &p.q_map, &s.q_full, t.row + 64 * w, t.h * p.q_steps[0], t.b * p.q_steps[1]);
-}
-
-/* Order of the copies of a tile with blocks n-1 .. 0: Q, K n-1, K n-2, V n-1, K n-3, V n-2, .. K 0, V 1, V 0. */
-template <class C>
-__device__ __forceinline__ void fa_load_tile(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
-                                             fa_stage<C> &ks, fa_stage<C> &vs)
-{
-    int head = t.h / p.group;
-    for (int block = t.block_hi - 1; block >= t.block_lo - 1; block--) {
-        if (block >= t.block_lo) {
-            fa_mbar_wait(&s.k_empty[ks.index], ks.parity ^ 1);
-            fa_mbar_expect(&s.k_full[ks.index], sizeof(s.k[0]));
-            fa_load_rows<C::BN, C::D>(s.k[ks.index], &p.k_map, &s.k_full[ks.index], block * C::BN, head * p.k_steps[0],
-                                      t.b * p.k_steps[1]);
-            ks.next();
-        }
-        if (block < t.block_hi - 1) {
-            fa_mbar_wait(&s.v_empty[vs.index], vs.parity ^ 1);
-            fa_mbar_expect(&s.v_full[vs.index], sizeof(s.v[0]));
-            fa_load_rows<C::BN, C::DV>(s.v[vs.index], &p.v_map, &s.v_full[vs.index], (block + 1) * C::BN,
-                                       head * p.v_steps[0], t.b * p.v_steps[1]);
-            vs.next();
-        }
+    for (int w = 0; w < C::WGS; w++) {
+        fa_mbar_wait(&s.q_empty[w], parity ^ 1);
+        fa_mbar_expect(&s.q_full[w], sizeof(s.q[w]));
+        fa_load_rows<64, C::D>(s.q[w], &p.q_map, &s.q_full[w], t.row + 64 * w, t.h * p.q_steps[0], t.b * p.q_steps[1]);
     }
+    parity ^= 1;
 }
 
+template <class C>
+__device__ __forceinline__ void fa_load_keys(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+                                             int block, fa_stage<C> &ks)
+{
+    fa_mbar_wait(&s.k_empty[ks.index], ks.parity ^ 1);
+    fa_mbar_expect(&s.k_full[ks.index], sizeof(s.k[0]));
+    fa_load_rows<C::BN, C::D>(s.k[ks.index], &p.k_map, &s.k_full[ks.index], block * C::BN, t.h / p.group * p.k_steps[0],
+                              t.b * p.k_steps[1]);
+    ks.next();
+}
+
+template <class C>
+__device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+                                               int block, fa_stage<C> &vs)
+{
+    fa_mbar_wait(&s.v_empty[vs.index], vs.parity ^ 1);
+    fa_mbar_expect(&s.v_full[vs.index], sizeof(s.v[0]));
+    fa_load_rows<C::BN, C::DV>(s.v[vs.index], &p.v_map, &s.v_full[vs.index], block * C::BN,
+                               t.h / p.group * p.v_steps[0], t.b * p.v_steps[1]);
+    vs.next();
+}
+
+/* The order in which consumers need them, over all blocks of all tiles: K of a block, then V of the block before. Q of a
+ * tile comes last among the copies for its first block, since its place is free last. */
 template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
 {
     fa_stage<C> ks, vs;
     uint32_t q_parity = 0;
+    fa_tile before = {};
+    int block_before = -1; /* there is none */
     for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
         for (int part = 0; part < p.parts; part++) {
             fa_tile t = fa_tile_at<C>(p, unit, part);
-            fa_load_queries<C>(p, s, t, q_parity);
-            fa_load_tile<C>(p, s, t, ks, vs);
+            for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
+                fa_load_keys<C>(p, s, t, block, ks);
+                if (block_before >= 0)
+                    fa_load_values<C>(p, s, before, block_before, vs);
+                if (block == t.block_hi - 1)
+                    fa_load_queries<C>(p, s, t, q_parity);
+                before = t;
+                block_before = block;
+            }
         }
     }
+    fa_load_values<C>(p, s, before, block_before, vs);
 }
 
 /* ---- consumers: 64 queries each ------------------------------------------------------------------------------------ */
@@ -155,12 +169,12 @@ template <class C> __device__ __forceinline__ void fa_issue_qk(float (&s)[C::BN 
     }
 }
 
-/* O (64, DV) += P V */
-template <class C>
+/* O (64, DV) += P V over the keys 16 First .. 16 Last - 1 of the block */
+template <class C, int First, int Last>
 __device__ __forceinline__ void fa_issue_pv(float (&o)[C::DV / 2], const uint32_t (&p)[C::BN / 4], uint32_t v)
 {
 #pragma unroll
-    for (int i = 0; i < C::BN / 16; i++)
+    for (int i = First; i < Last; i++)
         fa_wgmma<typename C::T, C::DV>::template rs<1>(o, &p[4 * i], v + i * (16 * 128 / 16), 1);
 }
 
@@ -176,6 +190,18 @@ __device__ __forceinline__ void fa_release(uint64_t *bar)
 {
     if (threadIdx.x % FA_WARP == 0)
         fa_mbar_arrive(bar);
+}
+
+/* Done with K of a block and, after the last block of a tile, with Q. */
+template <class C>
+__device__ __forceinline__ void fa_release_keys(fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, bool last)
+{
+    fa_release(&sh.k_empty[c.ks.index]);
+    c.ks.next();
+    if (last) {
+        fa_release(&sh.q_empty[c.warpgroup]);
+        c.q_parity ^= 1;
+    }
 }
 
 template <class C> __device__ __forceinline__ void fa_turn_wait(const fa_consumer<C> &c)
@@ -209,12 +235,14 @@ template <class C> __device__ __forceinline__ uint32_t fa_v_at(const fa_consumer
     return c.v_desc + c.vs.index * (C::BN * C::DV * 2 / 16);
 }
 
-/* Scores of the first block and their weights: nothing to overlap with but the other warpgroups. */
+/* The first block of all: there is no product with V to overlap with. */
 template <class C>
 __device__ __forceinline__ void fa_first_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c,
-                                               int row, int block, float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4],
+                                               const fa_tile &t, float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4],
                                                fa_rows &r)
 {
+    int block = t.block_hi - 1;
+    fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     fa_wgmma_hold(s);
     fa_wgmma_fence();
@@ -222,9 +250,8 @@ __device__ __forceinline__ void fa_first_block(const fa_fwd_sm90_params &p, fa_f
     fa_wgmma_commit();
     fa_wgmma_wait<0>();
     fa_wgmma_hold(s);
-    fa_release(&sh.k_empty[c.ks.index]);
-    c.ks.next();
-    fa_mask_block<C>(p, s, row, block * C::BN);
+    fa_release_keys(sh, c, block == t.block_lo);
+    fa_mask_block<C>(p, s, t.row + 64 * c.warpgroup, block * C::BN);
     fa_rows_start(r);
     fa_softmax_block<C::BN>(s, r, p.scale_log2);
     fa_pack_weights<typename C::T, C::BN>(w, s);
@@ -240,50 +267,72 @@ __device__ __forceinline__ void fa_order_before_wait(float sum, uint64_t *bar)
                  : "memory");
 }
 
-/* All further blocks. Time runs downwards; the other warpgroup does the same half a step later:
+/* Rows of a tile that is done; O is zero for the next. */
+template <class C>
+__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, const fa_tile &t, int row,
+                                              float (&o)[C::DV / 2], const fa_rows &r)
+{
+    typename C::T *out = (typename C::T *)p.out.data + t.b * p.out.batch + t.h * p.out.head;
+    float *lse = p.lse + ((int64_t)t.b * p.HQ + t.h) * p.SQ;
+    fa_rows_out f = fa_finish_rows(r, p.scale_log2);
+    fa_store_lse(lse, f, row, p.SQ);
+    fa_store_rows<typename C::T, C::DV>(out, p.out.row, o, f, row, p.SQ, p.DV);
+#pragma unroll
+    for (int i = 0; i < C::DV / 2; i++)
+        o[i] = 0.f;
+}
+
+/* Every further block, of the same tile or the first of the next, `done` being the tile of the block before. Time runs
+ * downwards; the other warpgroup does the same half a step later:
  *
  *   tensor cores          this warpgroup
- *   S j   = Q K_j^T       wait for K j and for its turn; issue S j and O
- *   O    += P_j+1 V_j+1   pass the turn; wait for S j; mask, maximum, exp2, row sums of S j
- *   (other warpgroup)     wait for O; round P_j; scale O where a maximum grew
+ *   S j   = Q K_j^T       wait for K j and for its turn; issue S j and O; pass the turn
+ *   O    += P_j+1 V_j+1   wait for S j; mask, maximum, exp2, row sums of S j
+ *   (other warpgroup)     wait for O; round P_j; scale O where a maximum grew, or store O of the tile that is done
  */
 template <class C>
-__device__ __forceinline__ void fa_next_blocks(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c,
-                                               int row, const fa_tile &t, float (&s)[C::BN / 2],
-                                               uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2], fa_rows &r)
+__device__ __forceinline__ void fa_next_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c,
+                                              const fa_tile &t, int block, const fa_tile &done, float (&s)[C::BN / 2],
+                                              uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2], fa_rows &r)
 {
-    for (int block = t.block_hi - 2; block >= t.block_lo; block--) {
-        fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
-        fa_turn_wait(c);
-        fa_wgmma_hold(s);
-        fa_wgmma_hold(o);
-        fa_wgmma_hold(w);
-        fa_wgmma_fence();
-        fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
-        fa_wgmma_commit();
-        fa_mbar_wait(&sh.v_full[c.vs.index], c.vs.parity);
-        fa_wgmma_fence();
-        fa_issue_pv<C>(o, w, fa_v_at(c));
-        fa_wgmma_commit();
-        fa_turn_pass(c);
-        fa_wgmma_wait<1>();
-        fa_wgmma_hold(s);
-        fa_release(&sh.k_empty[c.ks.index]);
-        c.ks.next();
-        fa_mask_block<C>(p, s, row, block * C::BN);
-        fa_softmax_block<C::BN>(s, r, p.scale_log2);
-        fa_wgmma_hold(s);
-#ifndef FA_NO_ORDER
-        fa_order_before_wait(r.l[0] + r.l[1], &sh.q_full);
-#endif
-        fa_wgmma_wait<0>();
-        fa_wgmma_hold(o);
-        fa_wgmma_hold(w);
-        fa_release(&sh.v_empty[c.vs.index]);
-        c.vs.next();
-        fa_pack_weights<typename C::T, C::BN>(w, s);
+    bool fresh = block == t.block_hi - 1;
+    fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
+    if (fresh)
+        fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
+    fa_turn_wait(c);
+    fa_wgmma_hold(s);
+    fa_wgmma_hold(o);
+    fa_wgmma_hold(w);
+    fa_wgmma_fence();
+    fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
+    fa_wgmma_commit();
+    fa_mbar_wait(&sh.v_full[c.vs.index], c.vs.parity);
+    fa_wgmma_fence();
+    fa_issue_pv<C, 0, C::BN / 16 - C::EARLY>(o, w, fa_v_at(c));
+    fa_turn_pass(c);
+    fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
+    fa_wgmma_commit();
+    fa_wgmma_wait<1>();
+    fa_wgmma_hold(s);
+    fa_release_keys(sh, c, block == t.block_lo);
+    fa_mask_block<C>(p, s, t.row + 64 * c.warpgroup, block * C::BN);
+    fa_rows old = r;
+    if (fresh)
+        fa_rows_start(r);
+    fa_softmax_block<C::BN>(s, r, p.scale_log2);
+    fa_wgmma_hold(s);
+    if (C::ORDER)
+        fa_order_before_wait(r.l[0] + r.l[1], &sh.q_empty[0]);
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(o);
+    fa_wgmma_hold(w);
+    fa_release(&sh.v_empty[c.vs.index]);
+    c.vs.next();
+    fa_pack_weights<typename C::T, C::BN>(w, s);
+    if (fresh)
+        fa_store_tile<C>(p, done, done.row + 64 * c.warpgroup, o, old);
+    else
         fa_rescale_rows<C::DV>(o, r);
-    }
 }
 
 template <class C>
@@ -294,42 +343,13 @@ __device__ __forceinline__ void fa_last_product(fa_fwd_sm90_shared<C> &sh, fa_co
     fa_wgmma_hold(o);
     fa_wgmma_hold(w);
     fa_wgmma_fence();
-    fa_issue_pv<C>(o, w, fa_v_at(c));
+    fa_issue_pv<C, 0, C::BN / 16>(o, w, fa_v_at(c));
     fa_wgmma_commit();
     fa_wgmma_wait<0>();
     fa_wgmma_hold(o);
-    fa_release(&sh.v_empty[c.vs.index]);
-    c.vs.next();
 }
 
-template <class C>
-__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, const fa_tile &t, int row, float (&o)[C::DV / 2],
-                                              const fa_rows &r)
-{
-    typename C::T *out = (typename C::T *)p.out.data + t.b * p.out.batch + t.h * p.out.head;
-    float *lse = p.lse + ((int64_t)t.b * p.HQ + t.h) * p.SQ;
-    fa_rows_out f = fa_finish_rows(r, p.scale_log2);
-    fa_store_lse(lse, f, row, p.SQ);
-    fa_store_rows<typename C::T, C::DV>(out, p.out.row, o, f, row, p.SQ, p.DV);
-}
-
-template <class C>
-__device__ __forceinline__ void fa_consume_tile(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c,
-                                                const fa_tile &t)
-{
-    float s[C::BN / 2], o[C::DV / 2] = {};
-    uint32_t w[C::BN / 4];
-    fa_rows r;
-    int row = t.row + 64 * c.warpgroup;
-    fa_mbar_wait(&sh.q_full, c.q_parity);
-    c.q_parity ^= 1;
-    fa_first_block<C>(p, sh, c, row, t.block_hi - 1, s, w, r);
-    fa_next_blocks<C>(p, sh, c, row, t, s, w, o, r);
-    fa_release(&sh.q_empty);
-    fa_last_product<C>(sh, c, w, o);
-    fa_store_tile<C>(p, t, row, o, r);
-}
-
+/* All blocks of all tiles of this thread block are one pipeline: a tile ends while the scores of the next are computed. */
 template <class C>
 __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, int warpgroup)
 {
@@ -340,9 +360,26 @@ __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_s
     c.v_desc = fa_wgmma_descriptor(sh.v[0], C::BN * 128);
     if (warpgroup == C::WGS - 1)
         fa_turn_pass(c); /* the first turn is warpgroup 0's */
-    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x)
-        for (int part = 0; part < p.parts; part++)
-            fa_consume_tile<C>(p, sh, c, fa_tile_at<C>(p, unit, part));
+    float s[C::BN / 2], o[C::DV / 2] = {};
+    uint32_t w[C::BN / 4];
+    fa_rows r;
+    fa_tile done = {};
+    bool first = true;
+    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+        for (int part = 0; part < p.parts; part++) {
+            fa_tile t = fa_tile_at<C>(p, unit, part);
+            for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
+                if (first)
+                    fa_first_block<C>(p, sh, c, t, s, w, r);
+                else
+                    fa_next_block<C>(p, sh, c, t, block, done, s, w, o, r);
+                first = false;
+            }
+            done = t;
+        }
+    }
+    fa_last_product<C>(sh, c, w, o);
+    fa_store_tile<C>(p, done, done.row + 64 * warpgroup, o, r);
 }
 
 /* ---- kernel --------------------------------------------------------------------------------------------------------- */
@@ -350,8 +387,11 @@ __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_s
 template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_shared<C> &s)
 {
     constexpr int consumers = C::WGS * FA_WARPGROUP / FA_WARP; /* one arrival for each warp */
-    fa_mbar_init(&s.q_full, 1);
-    fa_mbar_init(&s.q_empty, consumers);
+#pragma unroll
+    for (int i = 0; i < C::WGS; i++) {
+        fa_mbar_init(&s.q_full[i], 1);
+        fa_mbar_init(&s.q_empty[i], consumers / C::WGS);
+    }
 #pragma unroll
     for (int i = 0; i < C::STAGES; i++) {
         fa_mbar_init(&s.k_full[i], 1);
