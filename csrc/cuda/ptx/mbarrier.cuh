@@ -34,8 +34,8 @@ __device__ __forceinline__ void fa_mbar_arrive(uint64_t *bar)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(fa_shared_address(bar)) : "memory");
 }
 
-/* Waits until the phase of this parity has ended; phases have the parities 0, 1, 0, .. . The loop is inside the assembly,
- * where it is one step for all threads of the warp: the compiler then keeps what follows in uniform registers.
+/* Waits until the phase of this parity has ended; phases have the parities 0, 1, 0, .. . The loop is inside the
+ * assembly, where it is one step for all threads of the warp: the compiler keeps what follows in uniform registers.
  * FA_WAIT_LIMIT, for debugging: tries after which a wait that never ends becomes an error of the launch. */
 __device__ __forceinline__ void fa_mbar_wait(uint64_t *bar, uint32_t parity)
 {
@@ -48,7 +48,8 @@ __device__ __forceinline__ void fa_mbar_wait(uint64_t *bar, uint32_t parity)
                  : "memory");
 #else
     asm volatile("{\n\t.reg .pred p;\n"
-                 "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t@p bra.uni done;\n\tbra.uni again;\n"
+                 "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t@p bra.uni done;\n\t"
+                 "bra.uni again;\n"
                  "done:\n\t}" ::"r"(fa_shared_address(bar)),
                  "r"(parity)
                  : "memory");

@@ -5,21 +5,23 @@
 #include <math.h>
 #include <stdio.h>
 
+#include "fwd_sm90_instances.h"
 #include "fwd_sm90_params.h"
 
 #define FA_POSITION_BOUND ((int64_t)1 << 30) /* = FA_MAX_SEQ: no two positions are further apart */
 
 extern "C" {
-extern const fa_fwd_sm90_instance fa_fwd_sm90_bf16_hd64, fa_fwd_sm90_bf16_hd128, fa_fwd_sm90_bf16_hd192_dv128,
-    fa_fwd_sm90_bf16_hd256, fa_fwd_sm90_f16_hd64, fa_fwd_sm90_f16_hd128, fa_fwd_sm90_f16_hd192_dv128,
-    fa_fwd_sm90_f16_hd256;
+#define FA_DECLARE(name, ...) extern const fa_fwd_sm90_instance fa_fwd_sm90_bf16_##name, fa_fwd_sm90_f16_##name;
+FA_FWD_SM90_INSTANCES(FA_DECLARE)
+#undef FA_DECLARE
 }
 
-/* ---- what it can do ---------------------------------------------------------------------------------------------- */
+/* ---- what it can do -------------------------------------------------------------------------------------------- */
 
 static bool readable(const fa_tensor *t)
 {
     bool ok = t->stride[3] == 1 && (uintptr_t)t->data % 16 == 0 && t->size[3] % 8 == 0;
+    ok = ok && (t->size[2] == 1 || t->stride[2] != 0); /* a map has no broadcast along the rows of its boxes */
     for (int i = 0; i < 3; i++)
         ok = ok && (t->size[i] == 1 || (t->stride[i] >= 0 && t->stride[i] % 8 == 0 && t->stride[i] < (int64_t)1 << 38));
     return ok;
@@ -35,16 +37,17 @@ static bool plain(const fa_args *a)
 extern "C" bool fa_fwd_sm90_can(const fa_args *a)
 {
     bool type = a->q.dtype == FA_BF16 || a->q.dtype == FA_F16;
-    bool sizes = a->q.size[3] <= 256 && a->v.size[3] <= 256;
+    bool sizes = a->q.size[3] <= 256 && a->v.size[3] <= 256 &&
+                 a->q.size[0] * a->q.size[1] <= FA_POSITION_BOUND / (a->q.size[2] / 128 + 1); /* tiles count in int32 */
     return type && sizes && plain(a) && a->scale > 0 && readable(&a->q) && readable(&a->k) && readable(&a->v) &&
            readable(&a->out);
 }
 
-/* ---- tensor maps --------------------------------------------------------------------------------------------------- */
+/* ---- tensor maps ----------------------------------------------------------------------------------------------- */
 
-typedef CUresult encode_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                           const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult encode_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                           const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                           CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 static encode_fn *find_encode(void)
 {
@@ -54,11 +57,13 @@ static encode_fn *find_encode(void)
     return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? (encode_fn *)f : NULL;
 }
 
-/* Boxes of `rows` rows and 64 columns of (B, H, S, D), swizzled. A dimension with stride 0 has size 1 in the map and its
- * coordinate never moves; steps: of head and batch. */
+/* Boxes of `rows` rows and 64 columns of (B, H, S, D), swizzled. A dimension with stride 0 has size 1 in the map and
+ * its coordinate never moves; steps: of head and batch. */
 static bool encode_map(encode_fn *encode, CUtensorMap *map, int32_t steps[2], const fa_tensor *t, int rows)
 {
-    cuuint64_t size[4] = {(cuuint64_t)t->size[3], (cuuint64_t)t->size[2], (cuuint64_t)t->size[1], (cuuint64_t)t->size[0]};
+    cuuint64_t size[4]; /* from columns outwards */
+    for (int i = 0; i < 4; i++)
+        size[i] = (cuuint64_t)t->size[3 - i];
     cuuint64_t stride[3]; /* in bytes, from rows outwards */
     for (int i = 0; i < 3; i++) {
         bool still = t->size[2 - i] == 1 || t->stride[2 - i] == 0;
@@ -75,7 +80,7 @@ static bool encode_map(encode_fn *encode, CUtensorMap *map, int32_t steps[2], co
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-/* ---- launch ---------------------------------------------------------------------------------------------------------- */
+/* ---- launch ---------------------------------------------------------------------------------------------------- */
 
 static int64_t clamp(int64_t x, int64_t lo, int64_t hi)
 {
@@ -159,24 +164,23 @@ extern "C" fa_status fa_fwd_sm90_launch_instance(const fa_args *a, const fa_fwd_
     return e == cudaSuccess ? FA_OK : refuse(err, f->name, cudaGetErrorString(e));
 }
 
-/* The narrowest instance that holds the head dimensions. */
+/* The narrowest head dimensions that hold the call's, then the tile: 192 queries waste much of short causal heads, and
+ * blocks of 176 keys pay only over many of them. */
 static const fa_fwd_sm90_instance *choose(const fa_args *a)
 {
-    static const fa_fwd_sm90_instance *const all[] = {
-        &fa_fwd_sm90_bf16_hd64, &fa_fwd_sm90_bf16_hd128, &fa_fwd_sm90_bf16_hd192_dv128, &fa_fwd_sm90_bf16_hd256,
-        &fa_fwd_sm90_f16_hd64,  &fa_fwd_sm90_f16_hd128,  &fa_fwd_sm90_f16_hd192_dv128,  &fa_fwd_sm90_f16_hd256,
-    };
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
-        if (all[i]->dtype == a->q.dtype && a->q.size[3] <= all[i]->D && a->v.size[3] <= all[i]->DV)
-            return all[i];
-    return NULL;
+#define FA_PICK(name) (a->q.dtype == FA_BF16 ? &fa_fwd_sm90_bf16_##name : &fa_fwd_sm90_f16_##name)
+    int64_t D = a->q.size[3], DV = a->v.size[3];
+    bool band = a->window_left >= 0 || a->window_right >= 0;
+    if (D <= 64 && DV <= 64)
+        return band && a->q.size[2] <= 2048 ? FA_PICK(hd64_bm128) : FA_PICK(hd64);
+    if (D <= 128 && DV <= 128)
+        return !band && a->k.size[2] >= 8192 ? FA_PICK(hd128_bn176) : FA_PICK(hd128);
+    return D <= 192 && DV <= 128 ? FA_PICK(hd192_dv128) : FA_PICK(hd256);
+#undef FA_PICK
 }
 
 extern "C" fa_status fa_fwd_sm90_launch(const fa_args *a, void *workspace, cudaStream_t stream, fa_error *err)
 {
     (void)workspace;
-    const fa_fwd_sm90_instance *f = choose(a);
-    if (!f)
-        return refuse(err, "fa_fwd_sm90", "no instance for these head dimensions and dtype");
-    return fa_fwd_sm90_launch_instance(a, f, stream, err);
+    return fa_fwd_sm90_launch_instance(a, choose(a), stream, err);
 }

@@ -19,15 +19,12 @@
 #include "../tile/store_rows.cuh"
 #include "fwd_sm90_params.h"
 
-/* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES blocks
- * of K and of V in flight; TURNS: warpgroups take turns at the tensor cores. */
-template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, bool TURNS_, int EARLY_ = 0, bool ORDER_ = true>
-struct fa_fwd_sm90_config {
-    static constexpr int EARLY = EARLY_;
-    static constexpr bool ORDER = ORDER_;
+/* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
+ * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
+ * is passed. */
+template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_> struct fa_fwd_sm90_config {
     using T = T_;
-    static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_;
-    static constexpr bool TURNS = TURNS_;
+    static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
     static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
     static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32;
@@ -46,16 +43,17 @@ template <class C> struct fa_fwd_sm90_shared {
 
 enum { FA_BAR_TURN = 1 }; /* named barriers FA_BAR_TURN + warpgroup */
 
-/* ---- work ------------------------------------------------------------------------------------------------------- */
+/* ---- work ------------------------------------------------------------------------------------------------------ */
 
 struct fa_tile {
     int b, h, row;          /* batch, query head, first query */
-    int block_lo, block_hi; /* blocks of BN keys that some query of the tile sees; one of hidden keys where there is none */
+    int block_lo, block_hi; /* blocks of BN keys that some query sees; one, of hidden keys, where there is none */
 };
 
-/* Part `part` of piece of work `unit`. Neighbouring thread blocks share a head, whose K and V so stay in the second-level
- * cache. Where later queries see more keys, a piece is two tiles of a head, the i-th from the end and then the i-th: all
- * pieces take the same time. Nothing here depends on the thread, which keeps the loops around it in uniform registers. */
+/* Part `part` of piece of work `unit`. Neighbouring thread blocks share a head, whose K and V so stay in the
+ * second-level cache. Where later queries see more keys, a piece is two tiles of a head, the i-th from the end and then
+ * the i-th: all pieces take the same time. Loops over units and parts have bounds that are the same for all threads;
+ * only so does the assembler keep stages, addresses and descriptors in uniform registers. */
 template <class C> __device__ __forceinline__ fa_tile fa_tile_at(const fa_fwd_sm90_params &p, int unit, int part)
 {
     int pieces = (p.tiles + p.parts - 1) / p.parts;
@@ -72,7 +70,7 @@ template <class C> __device__ __forceinline__ fa_tile fa_tile_at(const fa_fwd_sm
     return t;
 }
 
-/* ---- producer: one thread starts every copy ----------------------------------------------------------------------- */
+/* ---- producer: one thread starts every copy -------------------------------------------------------------------- */
 
 /* Block `i` of the copies of this kernel goes to stage i % STAGES, in its round i / STAGES. */
 template <class C> struct fa_stage {
@@ -89,7 +87,8 @@ template <class C> struct fa_stage {
 
 /* Rows first .. first + ROWS - 1 of one head, COLUMNS wide, in panels of 64 columns. */
 template <int ROWS, int COLUMNS, typename T>
-__device__ __forceinline__ void fa_load_rows(T *to, const CUtensorMap *map, uint64_t *bar, int first, int head, int batch)
+__device__ __forceinline__ void fa_load_rows(T *to, const CUtensorMap *map, uint64_t *bar, int first, int head,
+                                             int batch)
 {
 #pragma unroll
     for (int c = 0; c < COLUMNS; c += 64)
@@ -131,8 +130,8 @@ __device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_f
     vs.next();
 }
 
-/* The order in which consumers need them, over all blocks of all tiles: K of a block, then V of the block before. Q of a
- * tile comes last among the copies for its first block, since its place is free last. */
+/* The order in which consumers need them, over all blocks of all tiles: K of a block, then V of the block before. Q of
+ * a tile comes last among the copies for its first block, since its place is free last. */
 template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
 {
     fa_stage<C> ks, vs;
@@ -156,7 +155,7 @@ template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_
     fa_load_values<C>(p, s, before, block_before, vs);
 }
 
-/* ---- consumers: 64 queries each ------------------------------------------------------------------------------------ */
+/* ---- consumers: 64 queries each -------------------------------------------------------------------------------- */
 
 /* S (64, BN) = Q K^T */
 template <class C> __device__ __forceinline__ void fa_issue_qk(float (&s)[C::BN / 2], uint32_t q, uint32_t k)
@@ -206,14 +205,12 @@ __device__ __forceinline__ void fa_release_keys(fa_fwd_sm90_shared<C> &sh, fa_co
 
 template <class C> __device__ __forceinline__ void fa_turn_wait(const fa_consumer<C> &c)
 {
-    if (C::TURNS)
-        fa_bar_sync(FA_BAR_TURN + c.warpgroup, 2 * FA_WARPGROUP);
+    fa_bar_sync(FA_BAR_TURN + c.warpgroup, 2 * FA_WARPGROUP);
 }
 
 template <class C> __device__ __forceinline__ void fa_turn_pass(const fa_consumer<C> &c)
 {
-    if (C::TURNS)
-        fa_bar_arrive(FA_BAR_TURN + (c.warpgroup + 1 == C::WGS ? 0 : c.warpgroup + 1), 2 * FA_WARPGROUP);
+    fa_bar_arrive(FA_BAR_TURN + (c.warpgroup + 1 == C::WGS ? 0 : c.warpgroup + 1), 2 * FA_WARPGROUP);
 }
 
 /* Hides keys in one block of scores, if any is hidden from any of these 64 queries. */
@@ -237,9 +234,9 @@ template <class C> __device__ __forceinline__ uint32_t fa_v_at(const fa_consumer
 
 /* The first block of all: there is no product with V to overlap with. */
 template <class C>
-__device__ __forceinline__ void fa_first_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c,
-                                               const fa_tile &t, float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4],
-                                               fa_rows &r)
+__device__ __forceinline__ void fa_first_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh,
+                                               fa_consumer<C> &c, const fa_tile &t, float (&s)[C::BN / 2],
+                                               uint32_t (&w)[C::BN / 4], fa_rows &r)
 {
     int block = t.block_hi - 1;
     fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
@@ -321,8 +318,7 @@ __device__ __forceinline__ void fa_next_block(const fa_fwd_sm90_params &p, fa_fw
         fa_rows_start(r);
     fa_softmax_block<C::BN>(s, r, p.scale_log2);
     fa_wgmma_hold(s);
-    if (C::ORDER)
-        fa_order_before_wait(r.l[0] + r.l[1], &sh.q_empty[0]);
+    fa_order_before_wait(r.l[0] + r.l[1], &sh.q_empty[0]);
     fa_wgmma_wait<0>();
     fa_wgmma_hold(o);
     fa_wgmma_hold(w);
@@ -349,7 +345,7 @@ __device__ __forceinline__ void fa_last_product(fa_fwd_sm90_shared<C> &sh, fa_co
     fa_wgmma_hold(o);
 }
 
-/* All blocks of all tiles of this thread block are one pipeline: a tile ends while the scores of the next are computed. */
+/* All blocks of all tiles of this thread block are one pipeline: a tile ends while scores of the next are computed. */
 template <class C>
 __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, int warpgroup)
 {
@@ -382,7 +378,7 @@ __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_s
     fa_store_tile<C>(p, done, done.row + 64 * warpgroup, o, r);
 }
 
-/* ---- kernel --------------------------------------------------------------------------------------------------------- */
+/* ---- kernel ---------------------------------------------------------------------------------------------------- */
 
 template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_shared<C> &s)
 {

@@ -98,7 +98,8 @@ template <int BN> __device__ __forceinline__ void fa_softmax_block(float (&s)[BN
 }
 
 /* Weights rounded to T, as the A operand of the product with V. */
-template <typename T, int BN> __device__ __forceinline__ void fa_pack_weights(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
+template <typename T, int BN>
+__device__ __forceinline__ void fa_pack_weights(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
 {
 #pragma unroll
     for (int i = 0; i < BN / 4; i++)
