@@ -1,0 +1,630 @@
+/* Backward attention on Hopper: a thread block keeps one block of keys and meets the query blocks that see it.
+ *
+ *   P  = exp2(scale log2e S - lse)     S  = Q K^T       dV += P^T dO
+ *   dS = P o (dP - delta)              dP = dO V^T      dK += dS^T Q      dQ += dS K
+ *
+ * with delta = rowsum(dO o O) - dlse; dQ and dK are multiplied by scale at the end (Dao et al., "FlashAttention", 2022).
+ * S and dP are computed transposed, keys in the rows, so that P^T and dS^T are A operands in registers; only dS^T also
+ * goes to shared memory, for dQ. Roles follow Shah et al., "FlashAttention-3", 2024, but for dQ, which has a warpgroup
+ * of its own: it adds its sums in fp32 straight from registers, when a flag in device memory says that it is this key
+ * block's turn. The order is a function of the shapes alone, so the bits are always the same (bwd_sm90_params.h).
+ */
+#ifndef FA_BWD_SM90_CUH
+#define FA_BWD_SM90_CUH
+
+#include "../ptx/global.cuh"
+#include "../ptx/math.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/shared_store.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/warpgroup.cuh"
+#include "../ptx/wgmma.cuh"
+#include "../tile/store_rows.cuh"
+#include "bwd_sm90_walk.cuh"
+
+/* T: element; head dimensions D and DV, multiples of 64; blocks of BM queries and BN keys.
+ * BN = 128: two warpgroups of 64 keys, each with all of S, P, dP, dS, dV and dK of its keys.
+ * BN = 64: one warpgroup has S, P and dV, the other dP, dS and dK; P goes from one to the other. */
+template <typename T_, int D_, int DV_, int BM_, int BN_> struct fa_bwd_sm90_config {
+    using T = T_;
+    static constexpr int D = D_, DV = DV_, BM = BM_, BN = BN_;
+    static constexpr bool SPLIT = BN == 64;
+    static constexpr int STAGES = 2;     /* blocks of Q and of dO in flight */
+    static constexpr int THREADS = 4 * FA_WARPGROUP;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 208, DQ_REGISTERS = 72;
+};
+
+enum { FA_WARPGROUP_PRODUCER, FA_WARPGROUP_FIRST, FA_WARPGROUP_SECOND, FA_WARPGROUP_DQ };
+enum { FA_WARP_LOAD, FA_WARP_TURN }; /* of the producer warpgroup */
+
+/* A full barrier says that something may be read, an empty one that it may be overwritten. Of two stages each where
+ * a _1 follows. */
+enum fa_bwd_bar {
+    FA_BAR_K_FULL,
+    FA_BAR_V_FULL,
+    FA_BAR_Q_FULL, FA_BAR_Q_FULL_1,   /* Q and lse of a stage */
+    FA_BAR_DO_FULL, FA_BAR_DO_FULL_1, /* dO and delta */
+    FA_BAR_EMPTY, FA_BAR_EMPTY_1,     /* all four */
+    FA_BAR_DS_FULL, FA_BAR_DS_FULL_1,
+    FA_BAR_DS_EMPTY, FA_BAR_DS_EMPTY_1,
+    FA_BAR_P_FULL, FA_BAR_P_FULL_1, /* SPLIT only */
+    FA_BAR_P_EMPTY, FA_BAR_P_EMPTY_1,
+    FA_BAR_TURN,  /* it is this thread block's turn to add to dQ */
+    FA_BAR_ADDED, /* it has added */
+    FA_BARS
+};
+
+struct fa_dq_target {
+    float *sum; /* block of dq_sum */
+    int first;  /* nothing was added to it yet */
+};
+
+/* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. ds: rows are keys, columns queries. */
+template <class C> struct fa_bwd_sm90_shared {
+    alignas(1024) typename C::T k[C::BN * C::D];
+    alignas(1024) typename C::T v[C::BN * C::DV];
+    alignas(1024) typename C::T q[C::STAGES][C::BM * C::D];
+    alignas(1024) typename C::T dout[C::STAGES][C::BM * C::DV];
+    alignas(1024) typename C::T ds[2][C::BM * C::BN];
+    alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][FA_WARPGROUP]; /* [..][i][thread]: registers 4 i .. */
+    alignas(16) float lse[C::STAGES][C::BM];
+    alignas(16) float delta[C::STAGES][C::BM];
+    int query[C::STAGES];    /* first query of the block in this stage */
+    fa_dq_target dq;         /* where the next dQ goes */
+    uint64_t bar[FA_BARS];
+};
+
+/* What a thread block works on. */
+struct fa_bwd_unit {
+    int b, hk; /* batch, key head */
+    fa_walk walk;
+    int steps; /* query blocks, all heads of the group */
+};
+
+template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const fa_bwd_sm90_params &p)
+{
+    fa_bwd_unit u;
+    int head = blockIdx.x / p.k_blocks;
+    u.b = head / p.HK;
+    u.hk = head - u.b * p.HK;
+    u.walk = fa_walk_of(p, blockIdx.x - head * p.k_blocks, C::BM, C::BN);
+    u.steps = p.group * fa_walk_steps(u.walk);
+    return u;
+}
+
+/* The query blocks of a unit one by one: for each head of the group, the walk. */
+struct fa_bwd_step {
+    int t;        /* 0 .. unit.steps - 1 */
+    int head, m;  /* query head, query block */
+    int start;
+};
+
+__device__ __forceinline__ fa_bwd_step fa_first_step(const fa_bwd_sm90_params &p, const fa_bwd_unit &u)
+{
+    fa_bwd_step s = {0, u.hk * p.group, 0, 0};
+    s.m = s.start = fa_walk_start(p, u.walk);
+    return s;
+}
+
+__device__ __forceinline__ void fa_next_step(const fa_bwd_sm90_params &p, const fa_bwd_unit &u, fa_bwd_step &s)
+{
+    s.t++;
+    s.m = fa_walk_next(p, u.walk, s.m);
+    if (s.m == s.start)
+        s.head++;
+}
+
+/* Block m of a head among all blocks of queries. */
+__device__ __forceinline__ int64_t fa_query_block(const fa_bwd_sm90_params &p, const fa_bwd_unit &u, const fa_bwd_step &s)
+{
+    return ((int64_t)u.b * p.HQ + s.head) * p.q_blocks + s.m;
+}
+
+/* Step t uses stage t % 2 of what has two stages, for the (t / 2)-th time. */
+__device__ __forceinline__ int fa_stage_of(int t)
+{
+    return t & 1;
+}
+
+__device__ __forceinline__ uint32_t fa_parity_of(int t)
+{
+    return t >> 1 & 1;
+}
+
+/* One of every warp arrives for its warp. */
+__device__ __forceinline__ void fa_warp_arrive(uint64_t *bar)
+{
+    __syncwarp();
+    if (threadIdx.x % FA_WARP == 0)
+        fa_mbar_arrive(bar);
+}
+
+/* ---- producer: one thread starts every copy ------------------------------------------------------------------------ */
+
+template <int ROWS, int COLUMNS, typename T>
+__device__ __forceinline__ void fa_load_tile(T *to, const CUtensorMap *map, uint64_t *bar, int row, int head, int batch)
+{
+#pragma unroll
+    for (int panel = 0; panel < COLUMNS / 64; panel++)
+        fa_tma_load_4d(to + panel * (64 * ROWS), map, bar, 64 * panel, row, head, batch);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_load_keys(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
+{
+    int row = u.walk.n * C::BN;
+    fa_mbar_expect(&s.bar[FA_BAR_K_FULL], sizeof(s.k));
+    fa_load_tile<C::BN, C::D>(s.k, &p.k_map, &s.bar[FA_BAR_K_FULL], row, u.hk * p.k_steps[0], u.b * p.k_steps[1]);
+    fa_mbar_expect(&s.bar[FA_BAR_V_FULL], sizeof(s.v));
+    fa_load_tile<C::BN, C::DV>(s.v, &p.v_map, &s.bar[FA_BAR_V_FULL], row, u.hk * p.v_steps[0], u.b * p.v_steps[1]);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_load_queries(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s,
+                                                const fa_bwd_unit &u, const fa_bwd_step &at)
+{
+    int stage = fa_stage_of(at.t);
+    int64_t row = fa_query_block(p, u, at) * C::BM;
+    uint64_t *q_full = &s.bar[FA_BAR_Q_FULL + stage], *do_full = &s.bar[FA_BAR_DO_FULL + stage];
+    fa_mbar_wait(&s.bar[FA_BAR_EMPTY + stage], fa_parity_of(at.t) ^ 1);
+    s.query[stage] = at.m * C::BM;
+    fa_mbar_expect(q_full, sizeof(s.q[0]) + sizeof(s.lse[0]));
+    fa_load_tile<C::BM, C::D>(s.q[stage], &p.q_map, q_full, at.m * C::BM, at.head * p.q_steps[0], u.b * p.q_steps[1]);
+    fa_bulk_load(s.lse[stage], p.row_lse + row, sizeof(s.lse[0]), q_full);
+    fa_mbar_expect(do_full, sizeof(s.dout[0]) + sizeof(s.delta[0]));
+    fa_load_tile<C::BM, C::DV>(s.dout[stage], &p.dout_map, do_full, at.m * C::BM, at.head * p.dout_steps[0],
+                               u.b * p.dout_steps[1]);
+    fa_bulk_load(s.delta[stage], p.row_delta + row, sizeof(s.delta[0]), do_full);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_produce(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
+{
+    fa_load_keys<C>(p, s, u);
+    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at))
+        fa_load_queries<C>(p, s, u, at);
+}
+
+/* ---- turns: one thread asks whether this key block may add to dQ, and says when it has -------------------------------- */
+
+__device__ __forceinline__ void fa_await_turn(const uint32_t *flag, uint32_t turn)
+{
+#ifdef FA_WAIT_LIMIT
+    for (uint32_t tries = 0; fa_load_acquire(flag) != turn; tries++)
+        if (tries > FA_WAIT_LIMIT)
+            __trap();
+#else
+    while (fa_load_acquire(flag) != turn)
+        ;
+#endif
+}
+
+template <class C>
+__device__ __forceinline__ void fa_keep_turns(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
+{
+    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at)) {
+        int64_t block = fa_query_block(p, u, at);
+        uint32_t *flag = p.turn + block, turn = fa_turn_of(p, u.walk.n, at.m, C::BM, C::BN);
+        if (turn > 0)
+            fa_await_turn(flag, turn);
+        s.dq.sum = p.dq_sum + block * (C::BM * C::D);
+        s.dq.first = turn == 0;
+        fa_mbar_arrive(&s.bar[FA_BAR_TURN]);
+        fa_mbar_wait(&s.bar[FA_BAR_ADDED], at.t & 1);
+        fa_store_release(flag, turn + 1);
+    }
+}
+
+/* ---- dQ = dS K ------------------------------------------------------------------------------------------------------ */
+
+/* 64 x 64 of dQ: 64 queries from `ds` on, 64 columns from `k` on. */
+template <class C> __device__ __forceinline__ void fa_issue_dq(float (&dq)[32], uint64_t ds, uint64_t k)
+{
+#pragma unroll
+    for (int i = 0; i < C::BN / 16; i++)
+        fa_wgmma<typename C::T, 64>::template ss<1, 1>(dq, ds + i * (16 * 128 / 16), k + i * (16 * 128 / 16), i > 0);
+}
+
+/* `to`: this thread's place in the block of dq_sum. The first in a sum stores, so nothing has to be cleared. */
+__device__ __forceinline__ void fa_add_dq(float *to, const float (&dq)[32], bool first)
+{
+    if (first) {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            fa_store_f32x4(to + i * (FA_WARPGROUP * 4), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            fa_red_add_f32x4(to + i * (FA_WARPGROUP * 4), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
+}
+
+template <class C> __device__ __forceinline__ void fa_sum_dq(fa_bwd_sm90_shared<C> &s, int steps)
+{
+    constexpr int panel = C::BN * 128 / 16, parts = C::BM / 64 * (C::D / 64);
+    uint64_t ds_desc = fa_wgmma_descriptor(s.ds[0], 0), k_desc = fa_wgmma_descriptor(s.k, C::BN * 128);
+    float dq[32];
+    fa_mbar_wait(&s.bar[FA_BAR_K_FULL], 0);
+    for (int t = 0; t < steps; t++) {
+        int stage = fa_stage_of(t);
+        fa_mbar_wait(&s.bar[FA_BAR_DS_FULL + stage], fa_parity_of(t));
+#pragma unroll
+        for (int part = 0; part < parts; part++) {
+            int block = part / (C::D / 64), column = part % (C::D / 64);
+            fa_wgmma_fence();
+            fa_issue_dq<C>(dq, ds_desc + stage * (C::BM * C::BN * 2 / 16) + block * panel, k_desc + column * panel);
+            fa_wgmma_commit();
+            fa_wgmma_wait<0>();
+            fa_wgmma_hold(dq);
+            if (part == parts - 1)
+                fa_warp_arrive(&s.bar[FA_BAR_DS_EMPTY + stage]);
+            if (part == 0)
+                fa_mbar_wait(&s.bar[FA_BAR_TURN], t & 1);
+            fa_add_dq(s.dq.sum + (part * 8 * FA_WARPGROUP + threadIdx.x % FA_WARPGROUP) * 4, dq, s.dq.first);
+        }
+        fa_warp_arrive(&s.bar[FA_BAR_ADDED]);
+    }
+}
+
+/* ---- products and elementwise steps of the consumers ------------------------------------------------------------------- */
+
+/* S^T or dP^T (64 keys, BM): A = K or V, B = Q or dO, both contiguous along COLUMNS, the summed dimension. */
+template <class C, int COLUMNS>
+__device__ __forceinline__ void fa_issue_scores(float (&s)[C::BM / 2], uint64_t keys, uint64_t queries)
+{
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 16; i++) {
+        int panel = i / 4, within = i % 4 * 2; /* 16 columns are 32 bytes */
+        fa_wgmma<typename C::T, C::BM>::template ss<0, 0>(s, keys + panel * (C::BN * 128 / 16) + within,
+                                                          queries + panel * (C::BM * 128 / 16) + within, i > 0);
+    }
+}
+
+/* dV (64 keys, COLUMNS) += P^T dO, or dK += dS^T Q: A in registers, B contiguous along N. */
+template <class C, int COLUMNS>
+__device__ __forceinline__ void fa_issue_gradient(float (&d)[COLUMNS / 2], const uint32_t (&w)[C::BM / 4], uint64_t queries)
+{
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++)
+        fa_wgmma<typename C::T, COLUMNS>::template rs<1>(d, &w[4 * i], queries + i * (16 * 128 / 16), 1);
+}
+
+/* Rows (keys) of the accumulator that this thread holds: key, key + 8; columns (queries): query + 8 c + 0, 1. */
+struct fa_place {
+    int key, query;
+};
+
+__device__ __forceinline__ fa_place fa_place_of(int key0, int query0)
+{
+    int lane = threadIdx.x % FA_WARP, warp = threadIdx.x / FA_WARP % 4;
+    fa_place at = {key0 + 16 * warp + lane / 4, query0 + 2 * (lane % 4)};
+    return at;
+}
+
+/* Is each of 64 keys from key0 on seen by each of BM queries from query0 on? */
+template <class C> __device__ __forceinline__ bool fa_all_seen(const fa_bwd_sm90_params &p, int key0, int query0)
+{
+    return key0 + 64 <= p.SK && key0 >= query0 + C::BM - 1 + p.lo_shift && key0 + 63 < query0 + p.hi_shift;
+}
+
+/* Scores that are hidden become -inf (after the multiplication by scale, which may be negative). */
+template <class C>
+__device__ __forceinline__ void fa_hide(const fa_bwd_sm90_params &p, float (&s)[C::BM / 2], fa_place at)
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int key = at.key + 8 * r;
+        int lo = key < p.SK ? key - p.hi_shift + 1 - at.query : INT32_MAX, hi = key - p.lo_shift - at.query;
+#pragma unroll
+        for (int c = 0; c < C::BM / 8; c++) {
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                float &score = s[4 * c + 2 * r + x];
+                score = 8 * c + x >= lo && 8 * c + x <= hi ? score : -CUDART_INF_F;
+            }
+        }
+    }
+}
+
+/* s becomes scale log2e s - lse; row: lse of the block's queries. */
+template <class C>
+__device__ __forceinline__ void fa_scale_scores(float (&s)[C::BM / 2], const float *row, float scale_log2)
+{
+    const float2 *lse = (const float2 *)row + threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < C::BM / 8; c++) {
+        float2 l = lse[4 * c];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            s[4 * c + i] = fmaf(s[4 * c + i], scale_log2, i % 2 ? -l.y : -l.x);
+    }
+}
+
+/* w = P, rounded. */
+template <class C> __device__ __forceinline__ void fa_weights(uint32_t (&w)[C::BM / 4], const float (&s)[C::BM / 2])
+{
+#pragma unroll
+    for (int i = 0; i < C::BM / 4; i++)
+        w[i] = fa_pack<typename C::T>(fa_exp2(s[2 * i]), fa_exp2(s[2 * i + 1]));
+}
+
+template <typename T> __device__ __forceinline__ float2 fa_unpack(uint32_t w);
+
+template <> __device__ __forceinline__ float2 fa_unpack<fa_bf16_t>(uint32_t w)
+{
+    return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+}
+
+template <> __device__ __forceinline__ float2 fa_unpack<fa_f16_t>(uint32_t w)
+{
+    fa_f16_t lo = {(uint16_t)(w & 0xffff)}, hi = {(uint16_t)(w >> 16)};
+    return make_float2(fa_widen(lo), fa_widen(hi));
+}
+
+/* w = P becomes dS = P o (dP - delta), rounded. P is the rounded one: its registers are needed anyway. */
+template <class C>
+__device__ __forceinline__ void fa_score_gradient(uint32_t (&w)[C::BM / 4], const float (&dp)[C::BM / 2], const float *row)
+{
+    const float2 *delta = (const float2 *)row + threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < C::BM / 8; c++) {
+        float2 d = delta[4 * c];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float2 weight = fa_unpack<typename C::T>(w[2 * c + r]);
+            w[2 * c + r] = fa_pack<typename C::T>(weight.x * (dp[4 * c + 2 * r] - d.x),
+                                                  weight.y * (dp[4 * c + 2 * r + 1] - d.y));
+        }
+    }
+}
+
+/* dS^T to shared memory: rows `row` .. + 63 (keys) of panels of 64 queries. */
+template <class C>
+__device__ __forceinline__ void fa_store_ds(typename C::T *to, const uint32_t (&ds)[C::BM / 4], int row)
+{
+    int lane = threadIdx.x % FA_WARP, warp = threadIdx.x / FA_WARP % 4;
+    uint32_t base = fa_shared_address(to) + (row + 16 * warp + lane % 16) * 128, swizzle = lane % 8;
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++) {
+        uint32_t chunk = 2 * i % 8 + lane / 16; /* 16 bytes: 8 queries */
+        fa_stmatrix_x4(base + i / 4 * (C::BN * 128) + ((chunk ^ swizzle) << 4), ds[4 * i], ds[4 * i + 1], ds[4 * i + 2],
+                       ds[4 * i + 3]);
+    }
+}
+
+template <class C, int COLUMNS>
+__device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_view &v, const fa_bwd_unit &u, float (&d)[COLUMNS / 2],
+                                                  float factor, int key0, int SK, int columns)
+{
+    if (!v.data)
+        return;
+    fa_rows_out f = {{factor, factor}, {0.f, 0.f}};
+    typename C::T *to = (typename C::T *)v.data + u.b * v.batch + u.hk * v.head;
+    fa_store_rows<typename C::T, COLUMNS>(to, v.row, d, f, key0, SK, columns);
+}
+
+template <int R> __device__ __forceinline__ void fa_clear(float (&d)[R])
+{
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        d[i] = 0.f;
+}
+
+/* ---- consumers, BN = 128: a warpgroup has 64 keys -------------------------------------------------------------------- */
+
+template <class C> struct fa_bwd_keys {
+    int row; /* of the block of keys: 0 or 64 */
+    uint64_t k, v, q, dout, q_n, dout_n; /* descriptors; _n: contiguous along N */
+};
+
+template <class C> __device__ __forceinline__ fa_bwd_keys<C> fa_keys_of(fa_bwd_sm90_shared<C> &s, int row)
+{
+    fa_bwd_keys<C> c;
+    c.row = row;
+    c.k = fa_wgmma_descriptor(s.k, 0) + row * (128 / 16);
+    c.v = fa_wgmma_descriptor(s.v, 0) + row * (128 / 16);
+    c.q = fa_wgmma_descriptor(s.q[0], 0);
+    c.dout = fa_wgmma_descriptor(s.dout[0], 0);
+    c.q_n = fa_wgmma_descriptor(s.q[0], C::BM * 128);
+    c.dout_n = fa_wgmma_descriptor(s.dout[0], C::BM * 128);
+    return c;
+}
+
+template <class C> __device__ __forceinline__ uint64_t fa_q_stage(int stage)
+{
+    return stage * (C::BM * C::D * 2 / 16);
+}
+
+template <class C> __device__ __forceinline__ uint64_t fa_do_stage(int stage)
+{
+    return stage * (C::BM * C::DV * 2 / 16);
+}
+
+/* S of step t, once its queries are there. */
+template <class C>
+__device__ __forceinline__ void fa_start_scores(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, float (&s)[C::BM / 2], int t)
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_Q_FULL + stage], fa_parity_of(t));
+    fa_wgmma_fence();
+    fa_issue_scores<C, C::D>(s, c.k, c.q + fa_q_stage<C>(stage));
+    fa_wgmma_commit();
+}
+
+/* w = P of step t, rounded. */
+template <class C>
+__device__ __forceinline__ void fa_finish_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t, int key0,
+                                                  float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4])
+{
+    int stage = fa_stage_of(t), query0 = sh.query[stage];
+    fa_scale_scores<C>(s, sh.lse[stage], p.scale_log2);
+    if (!fa_all_seen<C>(p, key0, query0))
+        fa_hide<C>(p, s, fa_place_of(key0, query0));
+    fa_weights<C>(w, s);
+}
+
+/* dP of step t, and dV from its weights. */
+template <class C>
+__device__ __forceinline__ void fa_start_values(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t,
+                                                float (&dp)[C::BM / 2], uint32_t (&w)[C::BM / 4], float (&dv)[C::DV / 2])
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + stage], fa_parity_of(t));
+    fa_wgmma_hold(w);
+    fa_wgmma_hold(dv);
+    fa_wgmma_fence();
+    fa_issue_scores<C, C::DV>(dp, c.v, c.dout + fa_do_stage<C>(stage));
+    fa_wgmma_commit();
+    fa_issue_gradient<C, C::DV>(dv, w, c.dout_n + fa_do_stage<C>(stage));
+    fa_wgmma_commit();
+}
+
+/* w becomes dS of step t. */
+template <class C>
+__device__ __forceinline__ void fa_finish_gradient(const fa_bwd_sm90_shared<C> &sh, int t, float (&dp)[C::BM / 2],
+                                                   uint32_t (&w)[C::BM / 4], float (&dv)[C::DV / 2])
+{
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(dp);
+    fa_wgmma_hold(dv);
+    fa_score_gradient<C>(w, dp, sh.delta[fa_stage_of(t)]);
+}
+
+/* dK from dS of step t. */
+template <class C>
+__device__ __forceinline__ void fa_start_keys(const fa_bwd_keys<C> &c, int t, uint32_t (&ds)[C::BM / 4],
+                                              float (&dk)[C::D / 2])
+{
+    fa_wgmma_hold(ds);
+    fa_wgmma_hold(dk);
+    fa_wgmma_fence();
+    fa_issue_gradient<C, C::D>(dk, ds, c.q_n + fa_q_stage<C>(fa_stage_of(t)));
+    fa_wgmma_commit();
+}
+
+template <class C>
+__device__ __forceinline__ void fa_hand_over_ds(fa_bwd_sm90_shared<C> &sh, int t, const uint32_t (&ds)[C::BM / 4], int row)
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_DS_EMPTY + stage], fa_parity_of(t) ^ 1);
+    fa_store_ds<C>(sh.ds[stage], ds, row);
+    fa_fence_shared_async();
+    fa_warp_arrive(&sh.bar[FA_BAR_DS_FULL + stage]);
+}
+
+/* All steps. s holds S and then dP, w holds P and then dS. Time runs downwards; the other warpgroup does the same at
+ * times of its own, and dQ runs beside both:
+ *
+ *   tensor cores       this warpgroup
+ *   dP t, dV t         wait
+ *                      dS = P o (dP - delta), rounded
+ *   S t+1, dK t        dS to shared memory for dQ; wait; hand back the stage of t
+ *                      P = exp2(S), rounded
+ */
+template <class C>
+__device__ __forceinline__ void fa_keys_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c,
+                                              int key0, int steps, float (&dk)[C::D / 2], float (&dv)[C::DV / 2])
+{
+    uint32_t w[C::BM / 4];
+    float s[C::BM / 2];
+    int t = 0;
+    fa_start_scores<C>(sh, c, s, 0);
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(s);
+    fa_finish_weights<C>(p, sh, 0, key0, s, w);
+    for (; t < steps - 1; t++) {
+        fa_start_values<C>(sh, c, t, s, w, dv);
+        fa_finish_gradient<C>(sh, t, s, w, dv);
+        fa_start_scores<C>(sh, c, s, t + 1);
+        fa_start_keys<C>(c, t, w, dk);
+        fa_hand_over_ds<C>(sh, t, w, c.row);
+        fa_wgmma_wait<0>();
+        fa_wgmma_hold(s);
+        fa_wgmma_hold(dk);
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+        fa_finish_weights<C>(p, sh, t + 1, key0, s, w);
+    }
+    fa_start_values<C>(sh, c, t, s, w, dv);
+    fa_finish_gradient<C>(sh, t, s, w, dv);
+    fa_start_keys<C>(c, t, w, dk);
+    fa_hand_over_ds<C>(sh, t, w, c.row);
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(dk);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_consume_keys(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh, const fa_bwd_unit &u,
+                                                int row)
+{
+    fa_bwd_keys<C> c = fa_keys_of<C>(sh, row);
+    int key0 = u.walk.n * C::BN + row;
+    float dk[C::D / 2], dv[C::DV / 2];
+    fa_clear(dk);
+    fa_clear(dv);
+    if (u.steps > 0) {
+        fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
+        fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
+        fa_keys_steps<C>(p, sh, c, key0, u.steps, dk, dv);
+    }
+    fa_store_gradient<C, C::DV>(p.dv, u, dv, 1.f, key0, p.SK, p.DV);
+    fa_store_gradient<C, C::D>(p.dk, u, dk, p.scale, key0, p.SK, p.D);
+}
+
+/* ---- kernel ---------------------------------------------------------------------------------------------------------- */
+
+template <class C> __device__ __forceinline__ void fa_init_barriers(fa_bwd_sm90_shared<C> &s)
+{
+    constexpr int one = FA_WARPGROUP / FA_WARP, both = 2 * one; /* one arrival for each warp */
+    fa_mbar_init(&s.bar[FA_BAR_K_FULL], 1);
+    fa_mbar_init(&s.bar[FA_BAR_V_FULL], 1);
+    fa_mbar_init(&s.bar[FA_BAR_TURN], 1);
+    fa_mbar_init(&s.bar[FA_BAR_ADDED], one);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        fa_mbar_init(&s.bar[FA_BAR_Q_FULL + i], 1);
+        fa_mbar_init(&s.bar[FA_BAR_DO_FULL + i], 1);
+        fa_mbar_init(&s.bar[FA_BAR_EMPTY + i], both);
+        fa_mbar_init(&s.bar[FA_BAR_DS_FULL + i], C::SPLIT ? one : both);
+        fa_mbar_init(&s.bar[FA_BAR_DS_EMPTY + i], one);
+        fa_mbar_init(&s.bar[FA_BAR_P_FULL + i], one);
+        fa_mbar_init(&s.bar[FA_BAR_P_EMPTY + i], one);
+    }
+    fa_mbar_fence_init();
+}
+
+template <class C>
+__device__ __forceinline__ void fa_serve(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
+{
+    int warp = __shfl_sync(0xffffffff, threadIdx.x / FA_WARP, 0);
+    if (threadIdx.x % FA_WARP != 0 || u.steps == 0)
+        return;
+    if (warp == FA_WARP_LOAD)
+        fa_produce<C>(p, s, u);
+    else if (warp == FA_WARP_TURN)
+        fa_keep_turns<C>(p, s, u);
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) fa_bwd_sm90_kernel(const __grid_constant__ fa_bwd_sm90_params p)
+{
+    extern __shared__ __align__(1024) unsigned char raw[];
+    fa_bwd_sm90_shared<C> &s = *(fa_bwd_sm90_shared<C> *)raw;
+    int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / FA_WARPGROUP, 0);
+    fa_bwd_unit u = fa_bwd_unit_of<C>(p);
+    if (threadIdx.x == 0)
+        fa_init_barriers(s);
+    __syncthreads();
+    if (warpgroup == FA_WARPGROUP_PRODUCER) {
+        fa_registers_shrink<C::PRODUCER_REGISTERS>();
+        fa_serve<C>(p, s, u);
+    } else if (warpgroup == FA_WARPGROUP_DQ) {
+        fa_registers_shrink<C::DQ_REGISTERS>();
+        if (u.steps > 0)
+            fa_sum_dq<C>(s, u.steps);
+    } else {
+        fa_registers_grow<C::CONSUMER_REGISTERS>();
+        fa_consume_keys<C>(p, s, u, warpgroup == FA_WARPGROUP_FIRST ? 0 : 64);
+    }
+}
+
+#endif
