@@ -4,19 +4,25 @@
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdio.h>
+#ifdef FA_DEV
+#include <stdlib.h>
+#endif
 
 #define FA_POSITION_BOUND ((int64_t)1 << 30) /* = FA_MAX_SEQ: no two positions are further apart */
 
 extern "C" {
-extern const fa_bwd_sm90_instance fa_bwd_sm90_bf16_hd64, fa_bwd_sm90_bf16_hd128, fa_bwd_sm90_f16_hd64,
-    fa_bwd_sm90_f16_hd128;
+extern const fa_bwd_sm90_instance fa_bwd_sm90_bf16_hd64, fa_bwd_sm90_bf16_hd128, fa_bwd_sm90_bf16_hd192_dv128,
+    fa_bwd_sm90_bf16_hd256, fa_bwd_sm90_f16_hd64, fa_bwd_sm90_f16_hd128, fa_bwd_sm90_f16_hd192_dv128,
+    fa_bwd_sm90_f16_hd256;
 }
 
 /* The narrowest instance that holds the head dimensions. */
 static const fa_bwd_sm90_instance *choose(const fa_args *a)
 {
-    static const fa_bwd_sm90_instance *const all[] = {&fa_bwd_sm90_bf16_hd64, &fa_bwd_sm90_bf16_hd128,
-                                                      &fa_bwd_sm90_f16_hd64, &fa_bwd_sm90_f16_hd128};
+    static const fa_bwd_sm90_instance *const all[] = {
+        &fa_bwd_sm90_bf16_hd64, &fa_bwd_sm90_bf16_hd128, &fa_bwd_sm90_bf16_hd192_dv128, &fa_bwd_sm90_bf16_hd256,
+        &fa_bwd_sm90_f16_hd64,  &fa_bwd_sm90_f16_hd128,  &fa_bwd_sm90_f16_hd192_dv128,  &fa_bwd_sm90_f16_hd256,
+    };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         if (all[i]->dtype == a->q.dtype && a->q.size[3] <= all[i]->D && a->v.size[3] <= all[i]->DV)
             return all[i];
@@ -166,8 +172,9 @@ static void fill_band(fa_bwd_sm90_params *p, const fa_args *a, int resident)
     p->lo_shift = (int32_t)(left ? clamp(offset - clamp(a->window_left, 0, bound), -bound, bound) : -bound);
     p->hi_shift = (int32_t)(right ? clamp(offset + clamp(a->window_right, 0, bound) + 1, -bound, bound) : bound);
     p->order = left || p->k_blocks > resident ? FA_BWD_DOWN : right ? FA_BWD_UP : FA_BWD_ROTATE;
-#ifdef FA_BWD_ORDER
-    p->order = FA_BWD_ORDER;
+#ifdef FA_DEV
+    if (getenv("FA_ORDER") && *getenv("FA_ORDER"))
+        p->order = atoi(getenv("FA_ORDER"));
 #endif
 }
 

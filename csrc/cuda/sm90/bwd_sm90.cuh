@@ -87,7 +87,7 @@ template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const f
     int head = blockIdx.x / p.k_blocks;
     u.b = head / p.HK;
     u.hk = head - u.b * p.HK;
-    u.walk = fa_walk_of(p, blockIdx.x - head * p.k_blocks, C::BM, C::BN);
+    u.walk = fa_walk_of(p, head, blockIdx.x - head * p.k_blocks, C::BM, C::BN);
     u.steps = p.group * fa_walk_steps(u.walk);
     return u;
 }
@@ -106,10 +106,10 @@ __device__ __forceinline__ fa_bwd_step fa_first_step(const fa_bwd_sm90_params &p
     return s;
 }
 
-__device__ __forceinline__ void fa_next_step(const fa_bwd_sm90_params &p, const fa_bwd_unit &u, fa_bwd_step &s)
+__device__ __forceinline__ void fa_next_step(const fa_bwd_unit &u, fa_bwd_step &s)
 {
     s.t++;
-    s.m = fa_walk_next(p, u.walk, s.m);
+    s.m = fa_walk_next(u.walk, s.m);
     if (s.m == s.start)
         s.head++;
 }
@@ -181,7 +181,7 @@ template <class C>
 __device__ __forceinline__ void fa_produce(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
 {
     fa_load_keys<C>(p, s, u);
-    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at))
+    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(u, at))
         fa_load_queries<C>(p, s, u, at);
 }
 
@@ -202,9 +202,9 @@ __device__ __forceinline__ void fa_await_turn(const uint32_t *flag, uint32_t tur
 template <class C>
 __device__ __forceinline__ void fa_keep_turns(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
 {
-    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at)) {
+    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(u, at)) {
         int64_t block = fa_query_block(p, u, at);
-        uint32_t *flag = p.turn + block, turn = fa_turn_of(p, u.walk.n, at.m, C::BM, C::BN);
+        uint32_t *flag = p.turn + block, turn = fa_turn_of(p, u.walk, at.m, C::BM, C::BN);
         if (turn > 0)
             fa_await_turn(flag, turn);
         s.dq.sum = p.dq_sum + block * (C::BM * C::D);
@@ -280,13 +280,39 @@ __device__ __forceinline__ void fa_issue_scores(float (&s)[C::BM / 2], uint64_t 
     }
 }
 
+/* Sum (64, COLUMNS) in registers. In parts of at most 192 columns: an instruction can name no more registers than a thread
+ * has when the kernel starts. */
+template <int COLUMNS> struct fa_gradient {
+    static constexpr int N = COLUMNS > 192 ? COLUMNS / 2 : COLUMNS;
+    float part[COLUMNS / N][N / 2];
+
+    __device__ __forceinline__ void clear(void)
+    {
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; i++)
+            part[i / (N / 2)][i % (N / 2)] = 0.f;
+    }
+
+    __device__ __forceinline__ void hold(void)
+    {
+#pragma unroll
+        for (int i = 0; i < COLUMNS / N; i++)
+            fa_wgmma_hold(part[i]);
+    }
+};
+
 /* dV (64 keys, COLUMNS) += P^T dO, or dK += dS^T Q: A in registers, B contiguous along N. */
 template <class C, int COLUMNS>
-__device__ __forceinline__ void fa_issue_gradient(float (&d)[COLUMNS / 2], const uint32_t (&w)[C::BM / 4], uint64_t queries)
+__device__ __forceinline__ void fa_issue_gradient(fa_gradient<COLUMNS> &d, const uint32_t (&w)[C::BM / 4], uint64_t queries)
 {
+    constexpr int N = fa_gradient<COLUMNS>::N;
 #pragma unroll
-    for (int i = 0; i < C::BM / 16; i++)
-        fa_wgmma<typename C::T, COLUMNS>::template rs<1>(d, &w[4 * i], queries + i * (16 * 128 / 16), 1);
+    for (int part = 0; part < COLUMNS / N; part++) {
+#pragma unroll
+        for (int i = 0; i < C::BM / 16; i++)
+            fa_wgmma<typename C::T, N>::template rs<1>(
+                d.part[part], &w[4 * i], queries + part * N / 64 * (C::BM * 128 / 16) + i * (16 * 128 / 16), 1);
+    }
 }
 
 /* Rows (keys) of the accumulator that this thread holds: key, key + 8; columns (queries): query + 8 c + 0, 1. */
@@ -340,12 +366,38 @@ __device__ __forceinline__ void fa_scale_scores(float (&s)[C::BM / 2], const flo
     }
 }
 
-/* w = P, rounded. */
-template <class C> __device__ __forceinline__ void fa_weights(uint32_t (&w)[C::BM / 4], const float (&s)[C::BM / 2])
+template <class C> __device__ __forceinline__ void fa_exponentials(float (&s)[C::BM / 2])
+{
+#pragma unroll
+    for (int i = 0; i < C::BM / 2; i++)
+        s[i] = fa_exp2(s[i]);
+}
+
+template <int R> __device__ __forceinline__ void fa_settle_w(const uint32_t (&x)[R])
+{
+    uint32_t all = 0xffffffffu;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        all &= x[i];
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, %0, 0xffffffff;\n\t@p nanosleep.u32 1;\n\t}" ::"r"(all) : "memory");
+}
+
+template <class C> __device__ __forceinline__ void fa_round(uint32_t (&w)[C::BM / 4], const float (&s)[C::BM / 2])
 {
 #pragma unroll
     for (int i = 0; i < C::BM / 4; i++)
-        w[i] = fa_pack<typename C::T>(fa_exp2(s[2 * i]), fa_exp2(s[2 * i + 1]));
+        w[i] = fa_pack<typename C::T>(s[2 * i], s[2 * i + 1]);
+}
+
+/* Has all of x decide a branch that is never taken (no arithmetic gives a NaN of all ones): the assembler then cannot move
+ * the work behind the wait that follows, where it would no longer run beside the products in flight. */
+template <int R> __device__ __forceinline__ void fa_settle(const float (&x)[R])
+{
+    uint32_t all = 0xffffffffu;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        all &= __float_as_uint(x[i]);
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u32 p, %0, 0xffffffff;\n\t@p nanosleep.u32 1;\n\t}" ::"r"(all) : "memory");
 }
 
 template <typename T> __device__ __forceinline__ float2 fa_unpack(uint32_t w);
@@ -361,9 +413,9 @@ template <> __device__ __forceinline__ float2 fa_unpack<fa_f16_t>(uint32_t w)
     return make_float2(fa_widen(lo), fa_widen(hi));
 }
 
-/* w = P becomes dS = P o (dP - delta), rounded. P is the rounded one: its registers are needed anyway. */
+/* dp becomes dS = P o (dP - delta); w: P, rounded; row: delta of the block's queries. */
 template <class C>
-__device__ __forceinline__ void fa_score_gradient(uint32_t (&w)[C::BM / 4], const float (&dp)[C::BM / 2], const float *row)
+__device__ __forceinline__ void fa_score_gradient(float (&dp)[C::BM / 2], const uint32_t (&w)[C::BM / 4], const float *row)
 {
     const float2 *delta = (const float2 *)row + threadIdx.x % 4;
 #pragma unroll
@@ -372,8 +424,8 @@ __device__ __forceinline__ void fa_score_gradient(uint32_t (&w)[C::BM / 4], cons
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float2 weight = fa_unpack<typename C::T>(w[2 * c + r]);
-            w[2 * c + r] = fa_pack<typename C::T>(weight.x * (dp[4 * c + 2 * r] - d.x),
-                                                  weight.y * (dp[4 * c + 2 * r + 1] - d.y));
+            dp[4 * c + 2 * r] = weight.x * (dp[4 * c + 2 * r] - d.x);
+            dp[4 * c + 2 * r + 1] = weight.y * (dp[4 * c + 2 * r + 1] - d.y);
         }
     }
 }
@@ -393,21 +445,17 @@ __device__ __forceinline__ void fa_store_ds(typename C::T *to, const uint32_t (&
 }
 
 template <class C, int COLUMNS>
-__device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_view &v, const fa_bwd_unit &u, float (&d)[COLUMNS / 2],
+__device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_view &v, const fa_bwd_unit &u, fa_gradient<COLUMNS> &d,
                                                   float factor, int key0, int SK, int columns)
 {
     if (!v.data)
         return;
     fa_rows_out f = {{factor, factor}, {0.f, 0.f}};
     typename C::T *to = (typename C::T *)v.data + u.b * v.batch + u.hk * v.head;
-    fa_store_rows<typename C::T, COLUMNS>(to, v.row, d, f, key0, SK, columns);
-}
-
-template <int R> __device__ __forceinline__ void fa_clear(float (&d)[R])
-{
+    constexpr int N = fa_gradient<COLUMNS>::N;
 #pragma unroll
-    for (int i = 0; i < R; i++)
-        d[i] = 0.f;
+    for (int part = 0; part < COLUMNS / N; part++)
+        fa_store_rows<typename C::T, N>(to + part * N, v.row, d.part[part], f, key0, SK, columns - part * N);
 }
 
 /* ---- consumers, BN = 128: a warpgroup has 64 keys -------------------------------------------------------------------- */
@@ -451,55 +499,70 @@ __device__ __forceinline__ void fa_start_scores(fa_bwd_sm90_shared<C> &sh, const
     fa_wgmma_commit();
 }
 
-/* w = P of step t, rounded. */
+/* s becomes P of step t. */
 template <class C>
-__device__ __forceinline__ void fa_finish_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t, int key0,
-                                                  float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4])
+__device__ __forceinline__ void fa_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t, int key0,
+                                           float (&s)[C::BM / 2])
 {
     int stage = fa_stage_of(t), query0 = sh.query[stage];
+    fa_wgmma_hold(s);
     fa_scale_scores<C>(s, sh.lse[stage], p.scale_log2);
+#ifdef UNI
+    if (!__shfl_sync(~0u, fa_all_seen<C>(p, key0, query0), 0))
+#else
     if (!fa_all_seen<C>(p, key0, query0))
+#endif
         fa_hide<C>(p, s, fa_place_of(key0, query0));
-    fa_weights<C>(w, s);
+    fa_exponentials<C>(s);
 }
 
-/* dP of step t, and dV from its weights. */
+/* dP of step t, once its values are there. */
 template <class C>
-__device__ __forceinline__ void fa_start_values(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t,
-                                                float (&dp)[C::BM / 2], uint32_t (&w)[C::BM / 4], float (&dv)[C::DV / 2])
+__device__ __forceinline__ void fa_start_value_scores(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, float (&dp)[C::BM / 2],
+                                                      int t)
 {
     int stage = fa_stage_of(t);
     fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + stage], fa_parity_of(t));
-    fa_wgmma_hold(w);
-    fa_wgmma_hold(dv);
     fa_wgmma_fence();
     fa_issue_scores<C, C::DV>(dp, c.v, c.dout + fa_do_stage<C>(stage));
     fa_wgmma_commit();
-    fa_issue_gradient<C, C::DV>(dv, w, c.dout_n + fa_do_stage<C>(stage));
-    fa_wgmma_commit();
 }
 
-/* w becomes dS of step t. */
+/* dV from P of step t. */
 template <class C>
-__device__ __forceinline__ void fa_finish_gradient(const fa_bwd_sm90_shared<C> &sh, int t, float (&dp)[C::BM / 2],
-                                                   uint32_t (&w)[C::BM / 4], float (&dv)[C::DV / 2])
+__device__ __forceinline__ void fa_start_values(const fa_bwd_keys<C> &c, int t, uint32_t (&w)[C::BM / 4],
+                                                fa_gradient<C::DV> &dv)
 {
-    fa_wgmma_wait<0>();
-    fa_wgmma_hold(dp);
-    fa_wgmma_hold(dv);
-    fa_score_gradient<C>(w, dp, sh.delta[fa_stage_of(t)]);
+    fa_wgmma_hold(w);
+    dv.hold();
+    fa_wgmma_fence();
+    fa_issue_gradient<C, C::DV>(dv, w, c.dout_n + fa_do_stage<C>(fa_stage_of(t)));
+    fa_wgmma_commit();
 }
 
 /* dK from dS of step t. */
 template <class C>
 __device__ __forceinline__ void fa_start_keys(const fa_bwd_keys<C> &c, int t, uint32_t (&ds)[C::BM / 4],
-                                              float (&dk)[C::D / 2])
+                                              fa_gradient<C::D> &dk)
 {
     fa_wgmma_hold(ds);
-    fa_wgmma_hold(dk);
+    dk.hold();
     fa_wgmma_fence();
     fa_issue_gradient<C, C::D>(dk, ds, c.q_n + fa_q_stage<C>(fa_stage_of(t)));
     fa_wgmma_commit();
+}
+
+/* Waits for what is in flight with accumulator d, then rounds x to w, whose registers were an operand of it. */
+template <class C, int COLUMNS>
+__device__ __forceinline__ void fa_finish_and_round(fa_gradient<COLUMNS> &d, uint32_t (&w)[C::BM / 4], const float (&x)[C::BM / 2])
+{
+#ifndef NOSET
+    fa_settle(x);
+#endif
+    fa_wgmma_wait<0>();
+    d.hold();
+    fa_wgmma_hold(w);
+    fa_round<C>(w, x);
 }
 
 template <class C>
@@ -512,44 +575,85 @@ __device__ __forceinline__ void fa_hand_over_ds(fa_bwd_sm90_shared<C> &sh, int t
     fa_warp_arrive(&sh.bar[FA_BAR_DS_FULL + stage]);
 }
 
-/* All steps. s holds S and then dP, w holds P and then dS. Time runs downwards; the other warpgroup does the same at
- * times of its own, and dQ runs beside both:
+/* From P of step t to dS, in w. */
+template <class C>
+__device__ __forceinline__ void fa_keys_gradient(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t, float (&dp)[C::BM / 2],
+                                                 uint32_t (&w)[C::BM / 4], fa_gradient<C::DV> &dv)
+{
+    fa_start_value_scores<C>(sh, c, dp, t);
+    fa_start_values<C>(c, t, w, dv);
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(dp);
+    dv.hold();
+    fa_score_gradient<C>(dp, w, sh.delta[fa_stage_of(t)]);
+    fa_round<C>(w, dp);
+}
+
+/* All steps. s holds S, P, dP and dS in turn, w holds P and then dS, rounded. Time runs downwards; the other warpgroup
+ * does the same at times of its own, and dQ runs beside both:
  *
  *   tensor cores       this warpgroup
- *   dP t, dV t         wait
- *                      dS = P o (dP - delta), rounded
- *   S t+1, dK t        dS to shared memory for dQ; wait; hand back the stage of t
- *                      P = exp2(S), rounded
+ *   dP t               wait for dP t
+ *   dV t               dS = P o (dP - delta); wait for dV t; round dS
+ *   S t+1              dS to shared memory for dQ; wait for S t+1
+ *   dK t               P = exp2(S); wait for dK t; hand back the stage of t; round P
  */
+#ifdef PAIR_SS
+/* dK from dS of step t in shared memory. */
+template <class C>
+__device__ __forceinline__ void fa_start_keys_ss(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t, fa_gradient<C::D> &dk)
+{
+    uint64_t ds = fa_wgmma_descriptor(sh.ds[0], 0) + c.row * (128 / 16) + fa_stage_of(t) * (C::BM * C::BN * 2 / 16);
+    uint64_t q = c.q_n + fa_q_stage<C>(fa_stage_of(t));
+    fa_bar_sync(1 + c.row / 64, FA_WARPGROUP);
+    dk.hold();
+    fa_wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++)
+        fa_wgmma<typename C::T, C::D>::template ss<0, 1>(dk.part[0], ds + i / 4 * (C::BN * 128 / 16) + i % 4 * 2, q + i * (16 * 128 / 16), 1);
+    fa_wgmma_commit();
+}
+#endif
+
 template <class C>
 __device__ __forceinline__ void fa_keys_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c,
-                                              int key0, int steps, float (&dk)[C::D / 2], float (&dv)[C::DV / 2])
+                                              int key0, int steps, fa_gradient<C::D> &dk, fa_gradient<C::DV> &dv)
 {
     uint32_t w[C::BM / 4];
     float s[C::BM / 2];
     int t = 0;
     fa_start_scores<C>(sh, c, s, 0);
     fa_wgmma_wait<0>();
-    fa_wgmma_hold(s);
-    fa_finish_weights<C>(p, sh, 0, key0, s, w);
+    fa_weights<C>(p, sh, 0, key0, s);
+    fa_round<C>(w, s);
     for (; t < steps - 1; t++) {
-        fa_start_values<C>(sh, c, t, s, w, dv);
-        fa_finish_gradient<C>(sh, t, s, w, dv);
+        fa_keys_gradient<C>(sh, c, t, s, w, dv);
         fa_start_scores<C>(sh, c, s, t + 1);
+#ifdef PAIR_SS
+        fa_hand_over_ds<C>(sh, t, w, c.row);
+        fa_start_keys_ss<C>(sh, c, t, dk);
+        fa_wgmma_wait<1>();
+        fa_weights<C>(p, sh, t + 1, key0, s);
+        fa_round<C>(w, s);
+        fa_settle_w(w);
+        fa_wgmma_wait<0>();
+        dk.hold();
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+#else
         fa_start_keys<C>(c, t, w, dk);
         fa_hand_over_ds<C>(sh, t, w, c.row);
         fa_wgmma_wait<0>();
-        fa_wgmma_hold(s);
-        fa_wgmma_hold(dk);
+        dk.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_finish_weights<C>(p, sh, t + 1, key0, s, w);
+        fa_weights<C>(p, sh, t + 1, key0, s);
+        fa_round<C>(w, s);
+#endif
     }
-    fa_start_values<C>(sh, c, t, s, w, dv);
-    fa_finish_gradient<C>(sh, t, s, w, dv);
+    fa_keys_gradient<C>(sh, c, t, s, w, dv);
     fa_start_keys<C>(c, t, w, dk);
     fa_hand_over_ds<C>(sh, t, w, c.row);
     fa_wgmma_wait<0>();
-    fa_wgmma_hold(dk);
+    dk.hold();
 }
 
 template <class C>
@@ -558,9 +662,10 @@ __device__ __forceinline__ void fa_consume_keys(const fa_bwd_sm90_params &p, fa_
 {
     fa_bwd_keys<C> c = fa_keys_of<C>(sh, row);
     int key0 = u.walk.n * C::BN + row;
-    float dk[C::D / 2], dv[C::DV / 2];
-    fa_clear(dk);
-    fa_clear(dv);
+    fa_gradient<C::D> dk;
+    fa_gradient<C::DV> dv;
+    dk.clear();
+    dv.clear();
     if (u.steps > 0) {
         fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
         fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
@@ -568,6 +673,157 @@ __device__ __forceinline__ void fa_consume_keys(const fa_bwd_sm90_params &p, fa_
     }
     fa_store_gradient<C, C::DV>(p.dv, u, dv, 1.f, key0, p.SK, p.DV);
     fa_store_gradient<C, C::D>(p.dk, u, dk, p.scale, key0, p.SK, p.D);
+}
+
+/* ---- consumers, BN = 64: one warpgroup for P and dV, one for dS and dK --------------------------------------------- */
+
+/* P from one warpgroup to the other; a thread reads what the thread of the same place wrote. */
+template <class C>
+__device__ __forceinline__ void fa_give_weights(fa_bwd_sm90_shared<C> &sh, int t, const uint32_t (&w)[C::BM / 4])
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_P_EMPTY + stage], fa_parity_of(t) ^ 1);
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++)
+        sh.p[stage][i][threadIdx.x % FA_WARPGROUP] = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+    fa_warp_arrive(&sh.bar[FA_BAR_P_FULL + stage]);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_take_weights(fa_bwd_sm90_shared<C> &sh, int t, uint32_t (&w)[C::BM / 4])
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_P_FULL + stage], fa_parity_of(t));
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++) {
+        uint4 x = sh.p[stage][i][threadIdx.x % FA_WARPGROUP];
+        w[4 * i] = x.x;
+        w[4 * i + 1] = x.y;
+        w[4 * i + 2] = x.z;
+        w[4 * i + 3] = x.w;
+    }
+}
+
+/* P and dV. Time runs downwards:
+ *
+ *   tensor cores       this warpgroup
+ *   S t+1              wait for S t+1
+ *   dV t               P = exp2(S); wait for dV t; hand back the stage of t; round P, give it to the other warpgroup
+ */
+template <class C>
+__device__ __forceinline__ void fa_values_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c,
+                                                int key0, int steps, fa_gradient<C::DV> &dv)
+{
+    uint32_t w[C::BM / 4];
+    float s[C::BM / 2];
+    int t = 0;
+    fa_start_scores<C>(sh, c, s, 0);
+    fa_wgmma_wait<0>();
+    fa_weights<C>(p, sh, 0, key0, s);
+    fa_round<C>(w, s);
+    fa_give_weights<C>(sh, 0, w);
+    for (; t < steps - 1; t++) {
+        fa_start_scores<C>(sh, c, s, t + 1);
+        fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
+        fa_start_values<C>(c, t, w, dv);
+#ifdef SPLIT_OVERLAP
+        fa_wgmma_wait<1>();
+        fa_weights<C>(p, sh, t + 1, key0, s);
+        fa_finish_and_round<C>(dv, w, s);
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+#else
+        fa_wgmma_wait<0>();
+        dv.hold();
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+        fa_weights<C>(p, sh, t + 1, key0, s);
+        fa_round<C>(w, s);
+#endif
+        fa_give_weights<C>(sh, t + 1, w);
+    }
+    fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
+    fa_start_values<C>(c, t, w, dv);
+    fa_wgmma_wait<0>();
+    dv.hold();
+}
+
+/* dP of step t becomes dS. */
+template <class C>
+__device__ __forceinline__ void fa_split_gradient(fa_bwd_sm90_shared<C> &sh, int t, float (&dp)[C::BM / 2])
+{
+    uint32_t weights[C::BM / 4];
+    fa_take_weights<C>(sh, t, weights);
+    fa_wgmma_hold(dp);
+    fa_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)]);
+    fa_warp_arrive(&sh.bar[FA_BAR_P_EMPTY + fa_stage_of(t)]);
+}
+
+/* dS and dK. Time runs downwards:
+ *
+ *   tensor cores       this warpgroup
+ *   dP t+1             dS t to shared memory for dQ; wait for dP t+1
+ *   dK t               dS = P o (dP - delta); wait for dK t; hand back the stage of t; round dS
+ */
+template <class C>
+__device__ __forceinline__ void fa_gradient_steps(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int steps,
+                                                  fa_gradient<C::D> &dk)
+{
+    uint32_t w[C::BM / 4];
+    float dp[C::BM / 2];
+    int t = 0;
+    fa_start_value_scores<C>(sh, c, dp, 0);
+    fa_wgmma_wait<0>();
+    fa_split_gradient<C>(sh, 0, dp);
+    fa_round<C>(w, dp);
+    for (; t < steps - 1; t++) {
+        fa_start_value_scores<C>(sh, c, dp, t + 1);
+        fa_start_keys<C>(c, t, w, dk);
+        fa_hand_over_ds<C>(sh, t, w, 0);
+#ifdef SPLIT_OVERLAP
+        fa_wgmma_wait<1>();
+        fa_split_gradient<C>(sh, t + 1, dp);
+        fa_finish_and_round<C>(dk, w, dp);
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+#else
+        fa_wgmma_wait<0>();
+        dk.hold();
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+        fa_split_gradient<C>(sh, t + 1, dp);
+        fa_round<C>(w, dp);
+#endif
+    }
+    fa_start_keys<C>(c, t, w, dk);
+    fa_hand_over_ds<C>(sh, t, w, 0);
+    fa_wgmma_wait<0>();
+    dk.hold();
+}
+
+template <class C>
+__device__ __forceinline__ void fa_consume_for_values(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                      const fa_bwd_unit &u)
+{
+    fa_bwd_keys<C> c = fa_keys_of<C>(sh, 0);
+    int key0 = u.walk.n * C::BN;
+    fa_gradient<C::DV> dv;
+    dv.clear();
+    if (u.steps > 0) {
+        fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
+        fa_values_steps<C>(p, sh, c, key0, u.steps, dv);
+    }
+    fa_store_gradient<C, C::DV>(p.dv, u, dv, 1.f, key0, p.SK, p.DV);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_consume_for_keys(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                    const fa_bwd_unit &u)
+{
+    fa_bwd_keys<C> c = fa_keys_of<C>(sh, 0);
+    fa_gradient<C::D> dk;
+    dk.clear();
+    if (u.steps > 0) {
+        fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
+        fa_gradient_steps<C>(sh, c, u.steps, dk);
+    }
+    fa_store_gradient<C, C::D>(p.dk, u, dk, p.scale, u.walk.n * C::BN, p.SK, p.D);
 }
 
 /* ---- kernel ---------------------------------------------------------------------------------------------------------- */
@@ -623,7 +879,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) fa_bwd_sm90_kernel(const __grid
             fa_sum_dq<C>(s, u.steps);
     } else {
         fa_registers_grow<C::CONSUMER_REGISTERS>();
-        fa_consume_keys<C>(p, s, u, warpgroup == FA_WARPGROUP_FIRST ? 0 : 64);
+        if constexpr (!C::SPLIT)
+            fa_consume_keys<C>(p, s, u, warpgroup == FA_WARPGROUP_FIRST ? 0 : 64);
+        else if (warpgroup == FA_WARPGROUP_FIRST)
+            fa_consume_for_values<C>(p, s, u);
+        else
+            fa_consume_for_keys<C>(p, s, u);
     }
 }
 

@@ -14,7 +14,7 @@ extern "C" {
 
 /* Can this kernel run the call? A pure function of the arguments; whether the device is a Hopper is the caller's to know.
  * It takes q, k, v of bf16 or f16 with
- *   - D and DV multiples of 8 up to 128; of q, k, v, out, dout, dq, dk, dv: last strides 1, other strides of sizes above 1
+ *   - D and DV multiples of 8 up to 256; of q, k, v, out, dout, dq, dk, dv: last strides 1, other strides of sizes above 1
  *     multiples of 8 and positive (also 0, a broadcast, on inputs), data aligned to 16 bytes;
  *   - none of mask, softcap, sinks, alibi, lengths, dropout, packed sequences, pages.
  * Keys and values that a query does not see may be anything finite. NaN or infinity in them reaches dQ of queries in the

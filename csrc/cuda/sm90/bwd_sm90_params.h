@@ -19,7 +19,7 @@ typedef struct fa_bwd_sm90_view {
  *   DOWN    n starts at its last m. The sum takes ascending n.
  * DOWN waits only for thread blocks that were started earlier. The other two need all k_blocks of a head at work at the
  * same time, and are chosen only where the device holds so many. */
-enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN };
+enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN, FA_BWD_ALTERNATE };
 
 /* Query i sees the keys i + lo_shift <= j < i + hi_shift of 0 .. SK - 1. */
 typedef struct fa_bwd_sm90_params {

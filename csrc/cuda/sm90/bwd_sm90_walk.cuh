@@ -6,14 +6,16 @@
 
 /* Query blocks lo .. hi - 1 see some key of block n; none when hi <= lo. */
 struct fa_walk {
-    int n, lo, hi;
+    int n, lo, hi, order;
 };
 
-__device__ __forceinline__ fa_walk fa_walk_of(const fa_bwd_sm90_params &p, int n, int BM, int BN)
+/* head: of keys, counted over the batch. */
+__device__ __forceinline__ fa_walk fa_walk_of(const fa_bwd_sm90_params &p, int head, int n, int BM, int BN)
 {
     int key0 = n * BN, key1 = min(p.SK, key0 + BN) - 1;
     int first = max(0, key0 - p.hi_shift + 1), end = min(p.SQ, key1 - p.lo_shift + 1);
-    fa_walk w = {n, first / BM, first < end ? (end - 1) / BM + 1 : 0};
+    int order = p.order != FA_BWD_ALTERNATE ? p.order : head % 2 ? FA_BWD_DOWN : FA_BWD_UP;
+    fa_walk w = {n, first / BM, first < end ? (end - 1) / BM + 1 : 0, order};
     return w;
 }
 
@@ -31,12 +33,12 @@ __device__ __forceinline__ int fa_rotate_start(const fa_bwd_sm90_params &p, int 
 
 __device__ __forceinline__ int fa_walk_start(const fa_bwd_sm90_params &p, const fa_walk &w)
 {
-    return p.order == FA_BWD_ROTATE ? fa_rotate_start(p, w.n) : p.order == FA_BWD_UP ? w.lo : w.hi - 1;
+    return w.order == FA_BWD_ROTATE ? fa_rotate_start(p, w.n) : w.order == FA_BWD_UP ? w.lo : w.hi - 1;
 }
 
-__device__ __forceinline__ int fa_walk_next(const fa_bwd_sm90_params &p, const fa_walk &w, int m)
+__device__ __forceinline__ int fa_walk_next(const fa_walk &w, int m)
 {
-    if (p.order == FA_BWD_DOWN)
+    if (w.order == FA_BWD_DOWN)
         return m == w.lo ? w.hi - 1 : m - 1;
     return m + 1 == w.hi ? w.lo : m + 1;
 }
@@ -54,15 +56,15 @@ __device__ __forceinline__ fa_key_blocks fa_key_blocks_of(const fa_bwd_sm90_para
     return k;
 }
 
-/* How many key blocks add to dQ m before n does. */
-__device__ __forceinline__ uint32_t fa_turn_of(const fa_bwd_sm90_params &p, int n, int m, int BM, int BN)
+/* How many key blocks add to dQ m before w.n does. */
+__device__ __forceinline__ uint32_t fa_turn_of(const fa_bwd_sm90_params &p, const fa_walk &w, int m, int BM, int BN)
 {
-    if (p.order == FA_BWD_ROTATE) {
-        int at = (int)((int64_t)m * p.k_blocks / p.q_blocks) - n;
+    if (w.order == FA_BWD_ROTATE) {
+        int at = (int)((int64_t)m * p.k_blocks / p.q_blocks) - w.n;
         return at < 0 ? at + p.k_blocks : at;
     }
     fa_key_blocks k = fa_key_blocks_of(p, m, BM, BN);
-    return p.order == FA_BWD_UP ? k.hi - 1 - n : n - k.lo;
+    return w.order == FA_BWD_UP ? k.hi - 1 - w.n : w.n - k.lo;
 }
 
 #endif
