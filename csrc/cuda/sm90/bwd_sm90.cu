@@ -164,6 +164,33 @@ static void fill_sizes(fa_bwd_sm90_params *p, const fa_args *a, const fa_bwd_sm9
     p->scale_log2 = (float)(a->scale * 1.4426950408889634);
 }
 
+static int32_t at_least_1(int32_t x)
+{
+    return x < 1 ? 1 : x;
+}
+
+/* See bwd_sm90_params.h. resident: thread blocks that the device runs at the same time. */
+static void fill_order(fa_bwd_sm90_params *p, bool left, bool right, int32_t resident)
+{
+    p->order = left || (right && p->k_blocks > resident) ? FA_BWD_DOWN : right ? FA_BWD_UP : FA_BWD_ROTATE;
+    p->ring = at_least_1(p->k_blocks);
+    p->heads_together = 1;
+    if (p->order == FA_BWD_ROTATE) {
+        int32_t apart = p->q_blocks / 2; /* key blocks that follow each other are two steps apart */
+        p->ring = at_least_1(apart < p->ring ? apart : p->ring);
+        p->ring = p->ring < resident ? p->ring : resident;
+        p->heads_together = at_least_1(resident / p->ring);
+    }
+#ifdef FA_DEV
+    int v[3];
+    if (getenv("FA_ORDER") && sscanf(getenv("FA_ORDER"), "%d/%d/%d", v, v + 1, v + 2) == 3) {
+        p->order = v[0];
+        p->ring = v[1] ? v[1] : p->ring;
+        p->heads_together = v[2] ? v[2] : p->heads_together;
+    }
+#endif
+}
+
 /* resident: thread blocks that the device runs at the same time. */
 static void fill_band(fa_bwd_sm90_params *p, const fa_args *a, int resident)
 {
@@ -171,11 +198,7 @@ static void fill_band(fa_bwd_sm90_params *p, const fa_args *a, int resident)
     bool left = a->window_left >= 0, right = a->window_right >= 0;
     p->lo_shift = (int32_t)(left ? clamp(offset - clamp(a->window_left, 0, bound), -bound, bound) : -bound);
     p->hi_shift = (int32_t)(right ? clamp(offset + clamp(a->window_right, 0, bound) + 1, -bound, bound) : bound);
-    p->order = left || p->k_blocks > resident ? FA_BWD_DOWN : right ? FA_BWD_UP : FA_BWD_ROTATE;
-#ifdef FA_DEV
-    if (getenv("FA_ORDER") && *getenv("FA_ORDER"))
-        p->order = atoi(getenv("FA_ORDER"));
-#endif
+    fill_order(p, left, right, resident);
 }
 
 static void fill_memory(fa_bwd_sm90_params *p, const fa_args *a, const fa_bwd_sm90_instance *f, char *workspace)

@@ -29,13 +29,15 @@ template <typename T_, int D_, int DV_, int BM_, int BN_> struct fa_bwd_sm90_con
     using T = T_;
     static constexpr int D = D_, DV = DV_, BM = BM_, BN = BN_;
     static constexpr bool SPLIT = BN == 64;
-    static constexpr int STAGES = 2;     /* blocks of Q and of dO in flight */
+    static constexpr bool KEYS_FROM_SHARED = D > 64;
+    static constexpr int STAGES = 2;              /* blocks of Q and of dO in flight */
+    static constexpr int PARTS = BM / 64 * D / 64; /* of 64 x 64 in a block of dQ */
     static constexpr int THREADS = 4 * FA_WARPGROUP;
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 208, DQ_REGISTERS = 72;
 };
 
 enum { FA_WARPGROUP_PRODUCER, FA_WARPGROUP_FIRST, FA_WARPGROUP_SECOND, FA_WARPGROUP_DQ };
-enum { FA_WARP_LOAD, FA_WARP_TURN }; /* of the producer warpgroup */
+enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL }; /* of the producer warpgroup */
 
 /* A full barrier says that something may be read, an empty one that it may be overwritten. Of two stages each where
  * a _1 follows. */
@@ -49,8 +51,8 @@ enum fa_bwd_bar {
     FA_BAR_DS_EMPTY, FA_BAR_DS_EMPTY_1,
     FA_BAR_P_FULL, FA_BAR_P_FULL_1, /* SPLIT only */
     FA_BAR_P_EMPTY, FA_BAR_P_EMPTY_1,
-    FA_BAR_TURN,  /* it is this thread block's turn to add to dQ */
-    FA_BAR_ADDED, /* it has added */
+    FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
+    FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
     FA_BARS
 };
 
@@ -71,6 +73,7 @@ template <class C> struct fa_bwd_sm90_shared {
     alignas(16) float delta[C::STAGES][C::BM];
     int query[C::STAGES];    /* first query of the block in this stage */
     fa_dq_target dq;         /* where the next dQ goes */
+    int signalled;           /* steps whose dQ other thread blocks can see */
     uint64_t bar[FA_BARS];
 };
 
@@ -81,13 +84,19 @@ struct fa_bwd_unit {
     int steps; /* query blocks, all heads of the group */
 };
 
+/* Thread blocks in the order in which they start: sets of `heads_together` heads; in a set, the first `ring` key blocks of
+ * each head, the next of each, ... */
 template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const fa_bwd_sm90_params &p)
 {
+    int heads = p.B * p.HK, set = blockIdx.x / (p.heads_together * p.k_blocks), first = set * p.heads_together;
+    int at = blockIdx.x - first * p.k_blocks, members = min(p.heads_together, heads - first);
+    int ring0 = at / (members * p.ring) * p.ring, size = min(p.ring, p.k_blocks - ring0);
+    at -= members * ring0;
+    int head = first + at / size;
     fa_bwd_unit u;
-    int head = blockIdx.x / p.k_blocks;
     u.b = head / p.HK;
     u.hk = head - u.b * p.HK;
-    u.walk = fa_walk_of(p, head, blockIdx.x - head * p.k_blocks, C::BM, C::BN);
+    u.walk = fa_walk_of(p, ring0 + at % size, ring0, size, C::BM, C::BN);
     u.steps = p.group * fa_walk_steps(u.walk);
     return u;
 }
@@ -106,10 +115,10 @@ __device__ __forceinline__ fa_bwd_step fa_first_step(const fa_bwd_sm90_params &p
     return s;
 }
 
-__device__ __forceinline__ void fa_next_step(const fa_bwd_unit &u, fa_bwd_step &s)
+__device__ __forceinline__ void fa_next_step(const fa_bwd_sm90_params &p, const fa_bwd_unit &u, fa_bwd_step &s)
 {
     s.t++;
-    s.m = fa_walk_next(u.walk, s.m);
+    s.m = fa_walk_next(p, u.walk, s.m);
     if (s.m == s.start)
         s.head++;
 }
@@ -181,11 +190,11 @@ template <class C>
 __device__ __forceinline__ void fa_produce(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
 {
     fa_load_keys<C>(p, s, u);
-    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(u, at))
+    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at))
         fa_load_queries<C>(p, s, u, at);
 }
 
-/* ---- turns: one thread asks whether this key block may add to dQ, and says when it has -------------------------------- */
+/* ---- turns: does this key block come next in the sum of a block of dQ? ------------------------------------------------ */
 
 __device__ __forceinline__ void fa_await_turn(const uint32_t *flag, uint32_t turn)
 {
@@ -199,19 +208,37 @@ __device__ __forceinline__ void fa_await_turn(const uint32_t *flag, uint32_t tur
 #endif
 }
 
+/* Asks for each step whether it is this key block's turn, ahead of the step where it can. At most two steps may be added
+ * and not yet signalled: ADDED has two phases for each of two barriers. */
 template <class C>
-__device__ __forceinline__ void fa_keep_turns(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
+__device__ __forceinline__ void fa_await_turns(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
 {
-    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(u, at)) {
+    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at)) {
         int64_t block = fa_query_block(p, u, at);
-        uint32_t *flag = p.turn + block, turn = fa_turn_of(p, u.walk, at.m, C::BM, C::BN);
+        uint32_t turn = fa_turn_of(p, u.walk, at.m);
+#ifndef DIAG_NOTURN
         if (turn > 0)
-            fa_await_turn(flag, turn);
+            fa_await_turn(p.turn + block, turn);
+#endif
+        if (at.t > 0)
+            fa_mbar_wait(&s.bar[FA_BAR_ADDED + fa_stage_of(at.t - 1)], fa_parity_of(at.t - 1));
+        while (*(volatile int *)&s.signalled < at.t - 1)
+            ;
         s.dq.sum = p.dq_sum + block * (C::BM * C::D);
         s.dq.first = turn == 0;
         fa_mbar_arrive(&s.bar[FA_BAR_TURN]);
-        fa_mbar_wait(&s.bar[FA_BAR_ADDED], at.t & 1);
+    }
+}
+
+/* Tells the next key block, once all of dQ has arrived in the second-level cache: that takes as long as a few products. */
+template <class C>
+__device__ __forceinline__ void fa_signal_turns(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
+{
+    for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at)) {
+        uint32_t *flag = p.turn + fa_query_block(p, u, at), turn = fa_turn_of(p, u.walk, at.m);
+        fa_mbar_wait(&s.bar[FA_BAR_ADDED + fa_stage_of(at.t)], fa_parity_of(at.t));
         fa_store_release(flag, turn + 1);
+        *(volatile int *)&s.signalled = at.t + 1;
     }
 }
 
@@ -241,7 +268,7 @@ __device__ __forceinline__ void fa_add_dq(float *to, const float (&dq)[32], bool
 
 template <class C> __device__ __forceinline__ void fa_sum_dq(fa_bwd_sm90_shared<C> &s, int steps)
 {
-    constexpr int panel = C::BN * 128 / 16, parts = C::BM / 64 * (C::D / 64);
+    constexpr int panel = C::BN * 128 / 16;
     uint64_t ds_desc = fa_wgmma_descriptor(s.ds[0], 0), k_desc = fa_wgmma_descriptor(s.k, C::BN * 128);
     float dq[32];
     fa_mbar_wait(&s.bar[FA_BAR_K_FULL], 0);
@@ -249,20 +276,23 @@ template <class C> __device__ __forceinline__ void fa_sum_dq(fa_bwd_sm90_shared<
         int stage = fa_stage_of(t);
         fa_mbar_wait(&s.bar[FA_BAR_DS_FULL + stage], fa_parity_of(t));
 #pragma unroll
-        for (int part = 0; part < parts; part++) {
+        for (int part = 0; part < C::PARTS; part++) {
             int block = part / (C::D / 64), column = part % (C::D / 64);
             fa_wgmma_fence();
             fa_issue_dq<C>(dq, ds_desc + stage * (C::BM * C::BN * 2 / 16) + block * panel, k_desc + column * panel);
             fa_wgmma_commit();
             fa_wgmma_wait<0>();
             fa_wgmma_hold(dq);
-            if (part == parts - 1)
+            if (part == C::PARTS - 1)
                 fa_warp_arrive(&s.bar[FA_BAR_DS_EMPTY + stage]);
             if (part == 0)
                 fa_mbar_wait(&s.bar[FA_BAR_TURN], t & 1);
+#ifdef DIAG_NORED
+            if (dq[0] == 1.2345f)
+#endif
             fa_add_dq(s.dq.sum + (part * 8 * FA_WARPGROUP + threadIdx.x % FA_WARPGROUP) * 4, dq, s.dq.first);
         }
-        fa_warp_arrive(&s.bar[FA_BAR_ADDED]);
+        fa_warp_arrive(&s.bar[FA_BAR_ADDED + stage]);
     }
 }
 
@@ -598,7 +628,6 @@ __device__ __forceinline__ void fa_keys_gradient(fa_bwd_sm90_shared<C> &sh, cons
  *   S t+1              dS to shared memory for dQ; wait for S t+1
  *   dK t               P = exp2(S); wait for dK t; hand back the stage of t; round P
  */
-#ifdef PAIR_SS
 /* dK from dS of step t in shared memory. */
 template <class C>
 __device__ __forceinline__ void fa_start_keys_ss(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t, fa_gradient<C::D> &dk)
@@ -613,7 +642,6 @@ __device__ __forceinline__ void fa_start_keys_ss(fa_bwd_sm90_shared<C> &sh, cons
         fa_wgmma<typename C::T, C::D>::template ss<0, 1>(dk.part[0], ds + i / 4 * (C::BN * 128 / 16) + i % 4 * 2, q + i * (16 * 128 / 16), 1);
     fa_wgmma_commit();
 }
-#endif
 
 template <class C>
 __device__ __forceinline__ void fa_keys_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c,
@@ -629,25 +657,25 @@ __device__ __forceinline__ void fa_keys_steps(const fa_bwd_sm90_params &p, fa_bw
     for (; t < steps - 1; t++) {
         fa_keys_gradient<C>(sh, c, t, s, w, dv);
         fa_start_scores<C>(sh, c, s, t + 1);
-#ifdef PAIR_SS
-        fa_hand_over_ds<C>(sh, t, w, c.row);
-        fa_start_keys_ss<C>(sh, c, t, dk);
-        fa_wgmma_wait<1>();
-        fa_weights<C>(p, sh, t + 1, key0, s);
-        fa_round<C>(w, s);
-        fa_settle_w(w);
-        fa_wgmma_wait<0>();
-        dk.hold();
-        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-#else
-        fa_start_keys<C>(c, t, w, dk);
-        fa_hand_over_ds<C>(sh, t, w, c.row);
-        fa_wgmma_wait<0>();
-        dk.hold();
-        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_weights<C>(p, sh, t + 1, key0, s);
-        fa_round<C>(w, s);
-#endif
+        if constexpr (C::KEYS_FROM_SHARED) {
+            fa_hand_over_ds<C>(sh, t, w, c.row);
+            fa_start_keys_ss<C>(sh, c, t, dk);
+            fa_wgmma_wait<1>();
+            fa_weights<C>(p, sh, t + 1, key0, s);
+            fa_round<C>(w, s);
+            fa_settle_w(w);
+            fa_wgmma_wait<0>();
+            dk.hold();
+            fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+        } else {
+            fa_start_keys<C>(c, t, w, dk);
+            fa_hand_over_ds<C>(sh, t, w, c.row);
+            fa_wgmma_wait<0>();
+            dk.hold();
+            fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+            fa_weights<C>(p, sh, t + 1, key0, s);
+            fa_round<C>(w, s);
+        }
     }
     fa_keys_gradient<C>(sh, c, t, s, w, dv);
     fa_start_keys<C>(c, t, w, dk);
@@ -834,7 +862,7 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_bwd_sm90_
     fa_mbar_init(&s.bar[FA_BAR_K_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_V_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_TURN], 1);
-    fa_mbar_init(&s.bar[FA_BAR_ADDED], one);
+    s.signalled = 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         fa_mbar_init(&s.bar[FA_BAR_Q_FULL + i], 1);
@@ -844,6 +872,7 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_bwd_sm90_
         fa_mbar_init(&s.bar[FA_BAR_DS_EMPTY + i], one);
         fa_mbar_init(&s.bar[FA_BAR_P_FULL + i], one);
         fa_mbar_init(&s.bar[FA_BAR_P_EMPTY + i], one);
+        fa_mbar_init(&s.bar[FA_BAR_ADDED + i], one);
     }
     fa_mbar_fence_init();
 }
@@ -857,7 +886,9 @@ __device__ __forceinline__ void fa_serve(const fa_bwd_sm90_params &p, fa_bwd_sm9
     if (warp == FA_WARP_LOAD)
         fa_produce<C>(p, s, u);
     else if (warp == FA_WARP_TURN)
-        fa_keep_turns<C>(p, s, u);
+        fa_await_turns<C>(p, s, u);
+    else if (warp == FA_WARP_SIGNAL)
+        fa_signal_turns<C>(p, s, u);
 }
 
 template <class C>

@@ -12,14 +12,15 @@ typedef struct fa_bwd_sm90_view {
 
 /* Letters: m a block of BM queries, 0 .. q_blocks - 1; n a block of BN keys, 0 .. k_blocks - 1.
  * Thread block n walks over query blocks; the sum of dQ m takes key blocks one after the other. Walk and sum fit
- * together when every m meets its n in the order in which, at equal speed, they get there:
- *   ROTATE  every n sees every m. n starts at ceil(n q_blocks / k_blocks) and goes up, round the end to the start. The sum
- *           takes first the n that starts at m, then n - 1, .. round.
+ * together when every m meets its n in the order in which, at equal speed, they get there, some steps apart:
+ *   ROTATE  every n sees every m. Key blocks are cut into rings, one after the other in the sum. The i-th of a ring of r
+ *           starts at ceil(i q_blocks / r) and goes up, round the end to the start. The sum takes first the one that
+ *           starts at or before m, then the one below, .. round.
  *   UP      later queries see more keys: n starts at its first m, on the diagonal. The sum takes descending n.
  *   DOWN    n starts at its last m. The sum takes ascending n.
- * DOWN waits only for thread blocks that were started earlier. The other two need all k_blocks of a head at work at the
+ * DOWN waits only for thread blocks that were started earlier. The other two need a whole ring, or head, at work at the
  * same time, and are chosen only where the device holds so many. */
-enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN, FA_BWD_ALTERNATE };
+enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN };
 
 /* Query i sees the keys i + lo_shift <= j < i + hi_shift of 0 .. SK - 1. */
 typedef struct fa_bwd_sm90_params {
@@ -32,7 +33,7 @@ typedef struct fa_bwd_sm90_params {
     uint32_t *turn;             /* (B, HQ, q_blocks): key blocks that have added to this block of dQ */
     int32_t B, HQ, HK, group, SQ, SK, D, DV;
     int32_t q_blocks, k_blocks, BM, BN;
-    int32_t order;
+    int32_t order, ring, heads_together; /* key blocks in a ring; heads whose thread blocks start in turn */
     int32_t lo_shift, hi_shift;
     float scale, scale_log2; /* scale, scale * log2 e */
 } fa_bwd_sm90_params;
