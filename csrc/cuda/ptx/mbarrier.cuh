@@ -34,29 +34,24 @@ __device__ __forceinline__ void fa_mbar_arrive(uint64_t *bar)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(fa_shared_address(bar)) : "memory");
 }
 
-/* Has the phase of this parity ended? Waits for a time the hardware chooses before it answers no. */
-__device__ __forceinline__ bool fa_mbar_try(uint64_t *bar, uint32_t parity)
-{
-    uint32_t done;
-    asm volatile("{\n\t.reg .pred p;\n\t"
-                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-                 "selp.u32 %0, 1, 0, p;\n\t}"
-                 : "=r"(done)
-                 : "r"(fa_shared_address(bar)), "r"(parity)
-                 : "memory");
-    return done != 0;
-}
-
-/* FA_WAIT_LIMIT, for debugging: tries after which a wait that never ends becomes an error of the launch. */
+/* Waits until the phase of this parity has ended; phases have the parities 0, 1, 0, .. . The loop is inside the assembly,
+ * where it is one step for all threads of the warp: the compiler then keeps what follows in uniform registers.
+ * FA_WAIT_LIMIT, for debugging: tries after which a wait that never ends becomes an error of the launch. */
 __device__ __forceinline__ void fa_mbar_wait(uint64_t *bar, uint32_t parity)
 {
 #ifdef FA_WAIT_LIMIT
-    for (uint32_t tries = 0; !fa_mbar_try(bar, parity); tries++)
-        if (tries > FA_WAIT_LIMIT)
-            __trap();
+    asm volatile("{\n\t.reg .pred p;\n\t.reg .b32 n;\n\tmov.b32 n, 0;\n"
+                 "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t@p bra.uni done;\n\t"
+                 "add.u32 n, n, 1;\n\tsetp.gt.u32 p, n, %2;\n\t@p trap;\n\tbra.uni again;\n"
+                 "done:\n\t}" ::"r"(fa_shared_address(bar)),
+                 "r"(parity), "n"(FA_WAIT_LIMIT)
+                 : "memory");
 #else
-    while (!fa_mbar_try(bar, parity))
-        ;
+    asm volatile("{\n\t.reg .pred p;\n"
+                 "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t@p bra.uni done;\n\tbra.uni again;\n"
+                 "done:\n\t}" ::"r"(fa_shared_address(bar)),
+                 "r"(parity)
+                 : "memory");
 #endif
 }
 

@@ -55,14 +55,15 @@ template <int R> __device__ __forceinline__ void fa_wgmma_hold(uint32_t (&d)[R])
         asm volatile("" : "+r"(d[i])::"memory");
 }
 
-/* Descriptor of an operand in rows of 128 bytes with the 128-byte swizzle, as a tensor map of that swizzle writes them.
- * Operands contiguous along the summed dimension (Q, K): eight rows are 1024 bytes apart from the next eight, `panel` is
- * not used. Operands contiguous along N (V): the next 64 columns begin `panel` bytes later. Offsets are added to the
- * descriptor in units of 16 bytes. */
-__device__ __forceinline__ uint64_t fa_wgmma_descriptor(const void *p, uint32_t panel)
+/* An operand in rows of 128 bytes with the 128-byte swizzle, as a tensor map of that swizzle writes them, is described
+ * by 64 bits of which only the lower 32 differ: the address, and for operands contiguous along N (V) the bytes from 64
+ * columns to the next 64, `panel`. Operands contiguous along the summed dimension (Q, K) do not use panel. The upper
+ * half says 128-byte swizzle and that eight rows end after 1024 bytes. To move by n bytes, add n / 16. */
+#define FA_DESCRIPTOR_HIGH "0x40000040"
+
+__device__ __forceinline__ uint32_t fa_wgmma_descriptor(const void *p, uint32_t panel)
 {
-    return (uint64_t)((fa_shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
-           (uint64_t)1 << 62;
+    return fa_shared_address(p) >> 4 | panel >> 4 << 16;
 }
 
 /* The registers of D in the text of an instruction, and as operands. */
@@ -126,22 +127,25 @@ template <typename T, int N> struct fa_wgmma;
 #define FA_WGMMA(T, NAME, N, R, LAST, R1, R2, R3, R4, R5, R6)                                                          \
     template <> struct fa_wgmma<T, N> {                                                                                \
         template <int TransA, int TransB>                                                                              \
-        static __device__ __forceinline__ void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int add)                  \
+        static __device__ __forceinline__ void ss(float (&d)[N / 2], uint32_t a, uint32_t b, int add)                  \
         {                                                                                                              \
-            asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #R2 ", 0;\n\t"                                      \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 da, db;\n\tsetp.ne.b32 p, %" #R2 ", 0;\n\t"                  \
+                         "mov.b64 da, {%" #R ", " FA_DESCRIPTOR_HIGH "};\n\t"                                          \
+                         "mov.b64 db, {%" #R1 ", " FA_DESCRIPTOR_HIGH "};\n\t"                                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FA_TEXT_##LAST "}, "     \
-                         "%" #R ", %" #R1 ", p, 1, 1, %" #R3 ", %" #R4 ";\n\t}"                                        \
+                         "da, db, p, 1, 1, %" #R3 ", %" #R4 ";\n\t}"                                                   \
                          : FA_OUTS_##LAST                                                                              \
-                         : "l"(a), "l"(b), "r"(add), "n"(TransA), "n"(TransB));                                        \
+                         : "r"(a), "r"(b), "r"(add), "n"(TransA), "n"(TransB));                                        \
         }                                                                                                              \
         template <int TransB>                                                                                          \
-        static __device__ __forceinline__ void rs(float (&d)[N / 2], const uint32_t *a, uint64_t b, int add)           \
+        static __device__ __forceinline__ void rs(float (&d)[N / 2], const uint32_t *a, uint32_t b, int add)           \
         {                                                                                                              \
-            asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #R5 ", 0;\n\t"                                      \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 db;\n\tsetp.ne.b32 p, %" #R5 ", 0;\n\t"                      \
+                         "mov.b64 db, {%" #R4 ", " FA_DESCRIPTOR_HIGH "};\n\t"                                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FA_TEXT_##LAST "}, "     \
-                         "{%" #R ", %" #R1 ", %" #R2 ", %" #R3 "}, %" #R4 ", p, 1, 1, %" #R6 ";\n\t}"                  \
+                         "{%" #R ", %" #R1 ", %" #R2 ", %" #R3 "}, db, p, 1, 1, %" #R6 ";\n\t}"                        \
                          : FA_OUTS_##LAST                                                                              \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TransB));                 \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(TransB));                 \
         }                                                                                                              \
     };
 

@@ -2,11 +2,7 @@
 #include "bwd_sm90.h"
 
 #include <cuda_runtime.h>
-#include <math.h>
 #include <stdio.h>
-#ifdef FA_DEV
-#include <stdlib.h>
-#endif
 
 #define FA_POSITION_BOUND ((int64_t)1 << 30) /* = FA_MAX_SEQ: no two positions are further apart */
 
@@ -42,7 +38,7 @@ static bool rows_of_16_bytes(const fa_tensor *t, int64_t least_stride)
 
 static bool readable(const fa_tensor *t)
 {
-    return rows_of_16_bytes(t, 0);
+    return rows_of_16_bytes(t, 0) && (t->size[2] <= 1 || t->stride[2] > 0);
 }
 
 static bool writable(const fa_tensor *t)
@@ -57,13 +53,20 @@ static bool plain(const fa_args *a)
            !a->block_table.data && !a->tree_mask.data && !a->k_scale.data && !a->v_scale.data;
 }
 
-extern "C" bool fa_bwd_sm90_can(const fa_args *a)
+/* Every block of 64 rows of every head has a number below 2^31. */
+static bool countable(const fa_args *a)
 {
-    return choose(a) && plain(a) && readable(&a->q) && readable(&a->k) && readable(&a->v) && readable(&a->out) &&
-           readable(&a->dout) && writable(&a->dq) && writable(&a->dk) && writable(&a->dv);
+    int64_t rows = a->q.size[2] > a->k.size[2] ? a->q.size[2] : a->k.size[2], heads = a->q.size[0] * a->q.size[1];
+    return heads <= INT32_MAX && heads * (rows / 64 + 2) <= INT32_MAX;
 }
 
-/* ---- workspace ----------------------------------------------------------------------------------------------------- */
+extern "C" bool fa_bwd_sm90_can(const fa_args *a)
+{
+    bool inputs = readable(&a->q) && readable(&a->k) && readable(&a->v) && readable(&a->out) && readable(&a->dout);
+    return choose(a) && plain(a) && countable(a) && inputs && writable(&a->dq) && writable(&a->dk) && writable(&a->dv);
+}
+
+/* ---- workspace --------------------------------------------------------------------------------------------------- */
 
 typedef struct workspace_parts {
     size_t dq_sum, row_lse, row_delta, turn, end; /* offsets in bytes */
@@ -90,11 +93,11 @@ extern "C" size_t fa_bwd_sm90_workspace(const fa_args *a)
     return parts_of(a, choose(a)).end;
 }
 
-/* ---- tensor maps --------------------------------------------------------------------------------------------------- */
+/* ---- tensor maps ------------------------------------------------------------------------------------------------- */
 
-typedef CUresult encode_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                           const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult encode_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                           const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                           CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 static encode_fn *find_encode(void)
 {
@@ -104,14 +107,13 @@ static encode_fn *find_encode(void)
     return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? (encode_fn *)f : NULL;
 }
 
-/* Boxes of `rows` rows and 64 columns of (B, H, S, D), swizzled. A dimension with stride 0 has size 1 in the map and its
- * coordinate never moves; steps: of head and batch. */
+/* Boxes of `rows` rows and 64 columns of (B, H, S, D), swizzled. A head or batch with stride 0 has size 1 in the map
+ * and its coordinate never moves; steps: of head and batch. */
 static bool encode_map(encode_fn *encode, CUtensorMap *map, int32_t steps[2], const fa_tensor *t, int rows)
 {
-    cuuint64_t size[4] = {(cuuint64_t)t->size[3], (cuuint64_t)t->size[2], (cuuint64_t)t->size[1], (cuuint64_t)t->size[0]};
+    cuuint64_t size[4] = {(cuuint64_t)t->size[3], (cuuint64_t)t->size[2], (cuuint64_t)t->size[1],
+                          (cuuint64_t)t->size[0]};
     cuuint64_t stride[3]; /* in bytes, from rows outwards */
-    if (t->size[2] > 1 && t->stride[2] == 0)
-        return false;
     for (int i = 0; i < 3; i++) {
         bool still = t->size[2 - i] == 1 || t->stride[2 - i] == 0;
         stride[i] = still ? 16 : (cuuint64_t)t->stride[2 - i] * 2;
@@ -127,7 +129,7 @@ static bool encode_map(encode_fn *encode, CUtensorMap *map, int32_t steps[2], co
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-/* ---- launch ---------------------------------------------------------------------------------------------------------- */
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
 
 static fa_status refuse(fa_error *err, const char *what, const char *why)
 {
@@ -164,41 +166,40 @@ static void fill_sizes(fa_bwd_sm90_params *p, const fa_args *a, const fa_bwd_sm9
     p->scale_log2 = (float)(a->scale * 1.4426950408889634);
 }
 
-static int32_t at_least_1(int32_t x)
+static int32_t clamp_count(int32_t x, int32_t lo, int32_t hi)
 {
-    return x < 1 ? 1 : x;
+    return x < lo ? lo : x > hi ? hi : x;
+}
+
+/* Heads whose thread blocks start in turn: with more, key blocks of a head follow each other in a greater distance, and
+ * wait less; with fewer, what is at work stays in the second-level cache. Measured (docs/kernels/bwd_sm90.md). */
+static int32_t heads_in_turn(const fa_bwd_sm90_params *p, const fa_bwd_sm90_instance *f)
+{
+    return f->D <= 64 ? 32 : f->D <= 128 ? 16 : p->k_blocks < 128 ? 8 : 4;
 }
 
 /* See bwd_sm90_params.h. resident: thread blocks that the device runs at the same time. */
-static void fill_order(fa_bwd_sm90_params *p, bool left, bool right, int32_t resident)
+static void fill_order(fa_bwd_sm90_params *p, const fa_bwd_sm90_instance *f, bool left, bool right, int32_t resident)
 {
-    p->order = left || (right && p->k_blocks > resident) ? FA_BWD_DOWN : right ? FA_BWD_UP : FA_BWD_ROTATE;
-    p->ring = at_least_1(p->k_blocks);
-    p->heads_together = 1;
+    bool up = right && !left && p->SK <= 1024 && p->k_blocks <= resident;
+    p->order = up ? FA_BWD_UP : left || right ? FA_BWD_DOWN : FA_BWD_ROTATE;
+    p->ring = p->order == FA_BWD_DOWN ? 1 : clamp_count(p->k_blocks, 1, resident);
+    p->heads_together = p->order == FA_BWD_DOWN ? heads_in_turn(p, f) : 1;
     if (p->order == FA_BWD_ROTATE) {
-        int32_t apart = p->q_blocks / 2; /* key blocks that follow each other are two steps apart */
-        p->ring = at_least_1(apart < p->ring ? apart : p->ring);
-        p->ring = p->ring < resident ? p->ring : resident;
-        p->heads_together = at_least_1(resident / p->ring);
+        p->ring = clamp_count(p->q_blocks / 2, 1, p->ring); /* key blocks that follow each other are two steps apart */
+        p->heads_together = resident / p->ring;
     }
-#ifdef FA_DEV
-    int v[3];
-    if (getenv("FA_ORDER") && sscanf(getenv("FA_ORDER"), "%d/%d/%d", v, v + 1, v + 2) == 3) {
-        p->order = v[0];
-        p->ring = v[1] ? v[1] : p->ring;
-        p->heads_together = v[2] ? v[2] : p->heads_together;
-    }
-#endif
+    p->heads_together = clamp_count(p->heads_together, 1, p->B * p->HK);
 }
 
 /* resident: thread blocks that the device runs at the same time. */
-static void fill_band(fa_bwd_sm90_params *p, const fa_args *a, int resident)
+static void fill_band(fa_bwd_sm90_params *p, const fa_args *a, const fa_bwd_sm90_instance *f, int resident)
 {
     int64_t offset = a->bottom_right ? a->k.size[2] - a->q.size[2] : 0, bound = FA_POSITION_BOUND;
     bool left = a->window_left >= 0, right = a->window_right >= 0;
     p->lo_shift = (int32_t)(left ? clamp(offset - clamp(a->window_left, 0, bound), -bound, bound) : -bound);
     p->hi_shift = (int32_t)(right ? clamp(offset + clamp(a->window_right, 0, bound) + 1, -bound, bound) : bound);
-    fill_order(p, left, right, resident);
+    fill_order(p, f, left, right, resident);
 }
 
 static void fill_memory(fa_bwd_sm90_params *p, const fa_args *a, const fa_bwd_sm90_instance *f, char *workspace)
@@ -258,7 +259,7 @@ extern "C" fa_status fa_bwd_sm90_launch(const fa_args *a, void *workspace, cudaS
     if (e != cudaSuccess)
         return refuse(err, f->name, cudaGetErrorString(e));
     fill_sizes(&p, a, f);
-    fill_band(&p, a, processors);
+    fill_band(&p, a, f, processors);
     fill_memory(&p, a, f, (char *)workspace);
     fa_status status = fill_maps(&p, a, f, err);
     if (status != FA_OK)

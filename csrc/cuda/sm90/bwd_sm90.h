@@ -1,5 +1,5 @@
-/* Backward attention on Hopper (compute capability 9.0): bf16 and fp16, causal, windows, grouped heads; the same bits in
- * every run. */
+/* Backward attention on Hopper (compute capability 9.0): bf16 and fp16, causal, windows, grouped heads; the same bits
+ * in every run. */
 #ifndef FA_BWD_SM90_H
 #define FA_BWD_SM90_H
 
@@ -12,14 +12,15 @@
 extern "C" {
 #endif
 
-/* Can this kernel run the call? A pure function of the arguments; whether the device is a Hopper is the caller's to know.
- * It takes q, k, v of bf16 or f16 with
- *   - D and DV multiples of 8 up to 256; of q, k, v, out, dout, dq, dk, dv: last strides 1, other strides of sizes above 1
- *     multiples of 8 and positive (also 0, a broadcast, on inputs), data aligned to 16 bytes;
+/* Can this kernel run the call? A pure function of the arguments; whether the device is a Hopper is the caller's to
+ * know. It takes q, k, v of bf16 or f16 with
+ *   - D and DV multiples of 8 up to 256; q, k, v, out, dout, dq, dk, dv with last strides 1, other strides of sizes
+ *     above 1 multiples of 8 and positive (on inputs also 0, a broadcast, of heads and batch), data
+ *     aligned to 16 bytes;
  *   - none of mask, softcap, sinks, alibi, lengths, dropout, packed sequences, pages.
- * Keys and values that a query does not see may be anything finite. NaN or infinity in them reaches dQ of queries in the
- * same 64 or 128 rows, and dK of keys likewise from queries: where hidden rows may hold those, another kernel has to
- * run. What lies past SQ or SK is never read. */
+ * Keys and values that a query does not see may be anything finite. NaN or infinity in them reaches dQ of the queries
+ * in the same 64 or 128 rows, and NaN in a query dK of the keys in the same 64 or 128: where hidden rows may hold those,
+ * another kernel has to run. What lies past SQ or SK is never read. */
 bool fa_bwd_sm90_can(const fa_args *a);
 
 /* Bytes of workspace: dQ in fp32 and two rows of fp32 per query, both with SQ rounded up to the block and D to the

@@ -13,8 +13,8 @@ typedef struct fa_bwd_sm90_view {
 /* Letters: m a block of BM queries, 0 .. q_blocks - 1; n a block of BN keys, 0 .. k_blocks - 1.
  * Thread block n walks over query blocks; the sum of dQ m takes key blocks one after the other. Walk and sum fit
  * together when every m meets its n in the order in which, at equal speed, they get there, some steps apart:
- *   ROTATE  every n sees every m. Key blocks are cut into rings, one after the other in the sum. The i-th of a ring of r
- *           starts at ceil(i q_blocks / r) and goes up, round the end to the start. The sum takes first the one that
+ *   ROTATE  every n sees every m. Key blocks are cut into rings, one after the other in the sum. The i-th of a ring of
+ *           r starts at ceil(i q_blocks / r) and goes up, round the end to the start. The sum takes first the one that
  *           starts at or before m, then the one below, .. round.
  *   UP      later queries see more keys: n starts at its first m, on the diagonal. The sum takes descending n.
  *   DOWN    n starts at its last m. The sum takes ascending n.
@@ -29,7 +29,8 @@ typedef struct fa_bwd_sm90_params {
     fa_bwd_sm90_view out, dout, lse, dlse; /* bwd_pre; lse and dlse fp32, dlse.data may be NULL */
     fa_bwd_sm90_view dq, dk, dv;           /* data NULL: not wanted */
     float *row_lse, *row_delta; /* (B, HQ, q_blocks * BM): lse * log2 e, +inf where nothing is seen; delta */
-    float *dq_sum;              /* (B, HQ, q_blocks, BM / 64, D / 8, 128, 4) fp32, as the accumulators lie in a warpgroup */
+    float *dq_sum;              /* (B, HQ, q_blocks, BM / 64, D / 8, 128, 4) fp32,
+        as the accumulators lie in a warpgroup */
     uint32_t *turn;             /* (B, HQ, q_blocks): key blocks that have added to this block of dQ */
     int32_t B, HQ, HK, group, SQ, SK, D, DV;
     int32_t q_blocks, k_blocks, BM, BN;

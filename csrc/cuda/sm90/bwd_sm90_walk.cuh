@@ -4,7 +4,8 @@
 
 #include "bwd_sm90_params.h"
 
-/* Key block n, of the ring ring0 .. ring0 + size - 1. Query blocks lo .. hi - 1 see some key of it; none when hi <= lo. */
+/* Key block n, of the ring ring0 .. ring0 + size - 1. Query blocks lo .. hi - 1 see some key of it; none when
+ * hi <= lo. */
 struct fa_walk {
     int n, ring0, size, lo, hi;
 };

@@ -2,7 +2,6 @@
 #include "../ptx/warpgroup.cuh"
 #include "../sm90/bwd_sm90.h"
 #include "../sm90/bwd_sm90_walk.cuh"
-
 #include "../tile/store_rows.cuh"
 
 /* Thread block x: 64 rows, those of sum x. */
@@ -22,7 +21,7 @@ __global__ void __launch_bounds__(FA_WARPGROUP) fa_bwd_post_kernel(const fa_bwd_
         dq[4 * i + 2] = x.z;
         dq[4 * i + 3] = x.w;
     }
-    fa_rows_out f = {{p.scale, p.scale}, {0.f, 0.f}};
+    fa_rows_out f = {{p.scale, p.scale}, {0.f, 0.f}, {false, false}};
     T *to = (T *)p.dq.data + b * p.dq.batch + h * p.dq.head;
     fa_store_rows<T, D>(to, p.dq.row, dq, f, row, p.SQ, p.D);
 }

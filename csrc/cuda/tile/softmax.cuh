@@ -115,8 +115,9 @@ template <int DV> __device__ __forceinline__ void fa_rescale_rows(float (&o)[DV 
 }
 
 struct fa_rows_out {
-    float factor[2]; /* of the accumulator: 1 / sum, or 0 for a row that sees nothing */
-    float lse[2];    /* in nats; -inf for such a row */
+    float factor[2]; /* of the accumulator: 1 / sum */
+    float lse[2];    /* in nats */
+    bool empty[2];   /* sees nothing: output 0, lse -inf */
 };
 
 __device__ __forceinline__ fa_rows_out fa_finish_rows(const fa_rows &r, float c)
@@ -125,9 +126,9 @@ __device__ __forceinline__ fa_rows_out fa_finish_rows(const fa_rows &r, float c)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         float sum = fa_quad_sum(r.l[i]);
-        bool empty = r.m[i] == -CUDART_INF_F && sum == 0.f;
-        f.factor[i] = empty ? 0.f : fa_reciprocal(sum);
-        f.lse[i] = empty ? -CUDART_INF_F : (r.m[i] * c + fa_log2(sum)) * 0.693147180559945f;
+        f.empty[i] = r.m[i] == -CUDART_INF_F && sum == 0.f;
+        f.factor[i] = fa_reciprocal(sum);
+        f.lse[i] = f.empty[i] ? -CUDART_INF_F : (r.m[i] * c + fa_log2(sum)) * 0.693147180559945f;
     }
     return f;
 }

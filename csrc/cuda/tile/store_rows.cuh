@@ -41,6 +41,8 @@ __device__ __forceinline__ void fa_store_rows(T *out, int64_t stride, const floa
             for (int x = 0; x < 4; x++)
                 w[x] = fa_pack<T>(o[4 * (c + x) + 2 * i] * f.factor[i], o[4 * (c + x) + 2 * i + 1] * f.factor[i]);
             fa_quad_transpose(w);
+            if (f.empty[i]) /* not a product with 0: what hidden keys left in o may be NaN */
+                w[0] = w[1] = w[2] = w[3] = 0;
             int column = 8 * (c + lane % 4);
             if (at < rows && column < columns)
                 *(uint4 *)(to + column) = make_uint4(w[0], w[1], w[2], w[3]);
