@@ -175,7 +175,7 @@ static int32_t clamp_count(int32_t x, int32_t lo, int32_t hi)
  * wait less; with fewer, what is at work stays in the second-level cache. Measured (docs/kernels/bwd_sm90.md). */
 static int32_t heads_in_turn(const fa_bwd_sm90_params *p, const fa_bwd_sm90_instance *f)
 {
-    return f->D <= 64 ? 32 : f->D <= 128 ? 16 : p->k_blocks < 128 ? 8 : 4;
+    return f->D <= 64 ? 32 : f->D <= 128 ? 16 : p->SK < 8192 ? 8 : 4;
 }
 
 /* See bwd_sm90_params.h. resident: thread blocks that the device runs at the same time. */

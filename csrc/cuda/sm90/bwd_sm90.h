@@ -19,7 +19,7 @@ extern "C" {
  *     aligned to 16 bytes;
  *   - none of mask, softcap, sinks, alibi, lengths, dropout, packed sequences, pages.
  * Keys and values that a query does not see may be anything finite. NaN or infinity in them reaches dQ of the queries
- * in the same 64 or 128 rows, and NaN in a query dK of the keys in the same 64 or 128: where hidden rows may hold those,
+ * in the same 64 or 128 rows, and NaN in a query dK of keys in the same 64 or 128: where hidden rows may hold those,
  * another kernel has to run. What lies past SQ or SK is never read. */
 bool fa_bwd_sm90_can(const fa_args *a);
 

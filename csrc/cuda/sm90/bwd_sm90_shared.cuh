@@ -15,7 +15,7 @@ template <typename T_, int D_, int DV_, int BM_, int BN_> struct fa_bwd_sm90_con
     static constexpr int D = D_, DV = DV_, BM = BM_, BN = BN_;
     static constexpr bool SPLIT = BN == 64;
     static constexpr bool KEYS_FROM_SHARED = D > 64;
-    static constexpr int STAGES = 2;              /* blocks of Q and of dO in flight */
+    static constexpr int STAGES = 2;               /* blocks of Q and of dO in flight */
     static constexpr int PARTS = BM / 64 * D / 64; /* of 64 x 64 in a block of dQ */
     static constexpr int THREADS = 4 * FA_WARPGROUP;
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 208, DQ_REGISTERS = 72;
@@ -24,10 +24,10 @@ template <typename T_, int D_, int DV_, int BM_, int BN_> struct fa_bwd_sm90_con
 enum { FA_WARPGROUP_PRODUCER, FA_WARPGROUP_FIRST, FA_WARPGROUP_SECOND, FA_WARPGROUP_DQ };
 enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL }; /* of the producer warpgroup */
 
-/* A full barrier says that something may be read, an empty one that it may be overwritten. Of two stages each where
- * a _1 follows. */
 enum { FA_BAR_PAIR = 1 }; /* named barriers FA_BAR_PAIR + 0, 1: a warpgroup of the pair */
 
+/* A full barrier says that something may be read, an empty one that it may be overwritten. Of two stages each where
+ * a _1 follows. */
 enum fa_bwd_bar {
     FA_BAR_K_FULL,
     FA_BAR_V_FULL,
