@@ -57,7 +57,7 @@ __device__ __forceinline__ void fa_signal_turns(const fa_bwd_sm90_params &p, fa_
 /* ---- dQ = dS K --------------------------------------------------------------------------------------------------- */
 
 /* 64 x 64 of dQ: 64 queries from `ds` on, 64 columns from `k` on. */
-template <class C> __device__ __forceinline__ void fa_issue_dq(float (&dq)[32], uint32_t ds, uint32_t k)
+template <class C> __device__ __forceinline__ void fa_issue_dq(float (&dq)[32], uint64_t ds, uint64_t k)
 {
 #pragma unroll
     for (int i = 0; i < C::BN / 16; i++)
@@ -81,7 +81,7 @@ __device__ __forceinline__ void fa_add_dq(float *to, const float (&dq)[32], bool
 template <class C> __device__ __forceinline__ void fa_sum_dq(fa_bwd_sm90_shared<C> &s, int steps)
 {
     constexpr int panel = C::BN * 128 / 16;
-    uint32_t ds_desc = fa_wgmma_descriptor(s.ds[0], 0), k_desc = fa_wgmma_descriptor(s.k, C::BN * 128);
+    uint64_t ds_desc = fa_wgmma_descriptor_64(s.ds[0], 0), k_desc = fa_wgmma_descriptor_64(s.k, C::BN * 128);
     float dq[32];
     fa_mbar_wait(&s.bar[FA_BAR_K_FULL], 0);
     for (int t = 0; t < steps; t++) {

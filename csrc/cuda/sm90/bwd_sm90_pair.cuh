@@ -24,8 +24,8 @@ template <class C>
 __device__ __forceinline__ void fa_start_keys_shared(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t,
                                                      fa_gradient<C::D> &dk)
 {
-    uint32_t ds = fa_wgmma_descriptor(sh.ds[fa_stage_of(t)], 0) + c.row * (128 / 16);
-    uint32_t q = c.q_n + fa_q_stage<C>(fa_stage_of(t));
+    uint64_t ds = fa_wgmma_descriptor_64(sh.ds[fa_stage_of(t)], 0) + c.row * (128 / 16);
+    uint64_t q = c.q_n + fa_q_stage<C>(fa_stage_of(t));
     fa_bar_sync(FA_BAR_PAIR + c.row / 64, FA_WARPGROUP);
     dk.hold();
     fa_wgmma_fence();

@@ -9,7 +9,7 @@
 
 /* S^T or dP^T (64 keys, BM): A = K or V, B = Q or dO, both contiguous along COLUMNS, the summed dimension. */
 template <class C, int COLUMNS>
-__device__ __forceinline__ void fa_issue_scores(float (&s)[C::BM / 2], uint32_t keys, uint32_t queries)
+__device__ __forceinline__ void fa_issue_scores(float (&s)[C::BM / 2], uint64_t keys, uint64_t queries)
 {
 #pragma unroll
     for (int i = 0; i < COLUMNS / 16; i++) {
@@ -43,7 +43,7 @@ template <int COLUMNS> struct fa_gradient {
 /* dV (64 keys, COLUMNS) += P^T dO, or dK += dS^T Q: A in registers, B contiguous along N. */
 template <class C, int COLUMNS>
 __device__ __forceinline__ void fa_issue_gradient(fa_gradient<COLUMNS> &d, const uint32_t (&w)[C::BM / 4],
-                                                  uint32_t queries)
+                                                  uint64_t queries)
 {
     constexpr int N = fa_gradient<COLUMNS>::N;
 #pragma unroll
@@ -196,28 +196,28 @@ __device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_view &v, con
 /* Where the operands lie. */
 template <class C> struct fa_bwd_keys {
     int row; /* of the block of keys: 0 or 64 */
-    uint32_t k, v, q, dout, q_n, dout_n; /* descriptors; _n: contiguous along N */
+    uint64_t k, v, q, dout, q_n, dout_n; /* descriptors; _n: contiguous along N */
 };
 
 template <class C> __device__ __forceinline__ fa_bwd_keys<C> fa_keys_of(fa_bwd_sm90_shared<C> &s, int row)
 {
     fa_bwd_keys<C> c;
     c.row = row;
-    c.k = fa_wgmma_descriptor(s.k, 0) + row * (128 / 16);
-    c.v = fa_wgmma_descriptor(s.v, 0) + row * (128 / 16);
-    c.q = fa_wgmma_descriptor(s.q[0], 0);
-    c.dout = fa_wgmma_descriptor(s.dout[0], 0);
-    c.q_n = fa_wgmma_descriptor(s.q[0], C::BM * 128);
-    c.dout_n = fa_wgmma_descriptor(s.dout[0], C::BM * 128);
+    c.k = fa_wgmma_descriptor_64(s.k, 0) + row * (128 / 16);
+    c.v = fa_wgmma_descriptor_64(s.v, 0) + row * (128 / 16);
+    c.q = fa_wgmma_descriptor_64(s.q[0], 0);
+    c.dout = fa_wgmma_descriptor_64(s.dout[0], 0);
+    c.q_n = fa_wgmma_descriptor_64(s.q[0], C::BM * 128);
+    c.dout_n = fa_wgmma_descriptor_64(s.dout[0], C::BM * 128);
     return c;
 }
 
-template <class C> __device__ __forceinline__ uint32_t fa_q_stage(int stage)
+template <class C> __device__ __forceinline__ uint64_t fa_q_stage(int stage)
 {
     return stage * (C::BM * C::D * 2 / 16);
 }
 
-template <class C> __device__ __forceinline__ uint32_t fa_do_stage(int stage)
+template <class C> __device__ __forceinline__ uint64_t fa_do_stage(int stage)
 {
     return stage * (C::BM * C::DV * 2 / 16);
 }
