@@ -9,8 +9,8 @@
 
 /* To add one: its fa_cuda_family in cuda.h, an entry here, its sources in CMakeLists.txt. The last of a list takes
  * every call. */
-static const fa_cuda_family *const FORWARD[] = {&fa_fwd_sm80, &fa_fwd_plain};
-static const fa_cuda_family *const BACKWARD[] = {&fa_bwd_sm80, &fa_bwd_plain};
+static const fa_cuda_family *const FORWARD[] = {&fa_fwd_sm90, &fa_fwd_sm80, &fa_fwd_plain};
+static const fa_cuda_family *const BACKWARD[] = {&fa_bwd_sm90, &fa_bwd_sm80, &fa_bwd_plain};
 
 struct families {
     const fa_cuda_family *const *list;
@@ -28,14 +28,16 @@ static const fa_cuda_family *family_of(const fa_args *a, bool backward)
 {
     const families f = families_of(backward);
     const char *asked = getenv("FLASHATTN_EXT_CUDA_ARCH"); /* the first family that may be used */
-    int first = 0, major = 0;
+    int first = -1, major = 0;
     for (int i = 0; asked && i < f.n; i++)
         if (!strcmp(f.list[i]->target, asked))
             first = i;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, a->device);
-    for (int i = first; i < f.n - 1; i++)
-        if (f.list[i]->runs_on(major) && f.list[i]->can(a, a->device))
+    for (int i = first < 0 ? 0 : first; i < f.n - 1; i++) {
+        const bool allowed = i == first || !f.list[i]->by_name;
+        if (allowed && f.list[i]->runs_on(major) && f.list[i]->can(a, a->device))
             return f.list[i];
+    }
     return f.list[f.n - 1];
 }
 

@@ -66,6 +66,12 @@ __device__ __forceinline__ uint32_t fa_wgmma_descriptor(const void *p, uint32_t 
     return fa_shared_address(p) >> 4 | panel >> 4 << 16;
 }
 
+/* All 64 bits: for kernels that have registers for them, fewer instructions than putting the halves together. */
+__device__ __forceinline__ uint64_t fa_wgmma_descriptor_64(const void *p, uint32_t panel)
+{
+    return (uint64_t)0x40000040 << 32 | fa_wgmma_descriptor(p, panel);
+}
+
 /* The registers of D in the text of an instruction, and as operands. */
 #define FA_REGS_0 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define FA_REGS_1 ",%8,%9,%10,%11,%12,%13,%14,%15"
@@ -146,6 +152,24 @@ template <typename T, int N> struct fa_wgmma;
                          "{%" #R ", %" #R1 ", %" #R2 ", %" #R3 "}, db, p, 1, 1, %" #R6 ";\n\t}"                        \
                          : FA_OUTS_##LAST                                                                              \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(TransB));                 \
+        }                                                                                                              \
+        template <int TransA, int TransB>                                                                              \
+        static __device__ __forceinline__ void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int add)                  \
+        {                                                                                                              \
+            asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #R2 ", 0;\n\t"                                       \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FA_TEXT_##LAST "}, "     \
+                         "%" #R ", %" #R1 ", p, 1, 1, %" #R3 ", %" #R4 ";\n\t}"                                        \
+                         : FA_OUTS_##LAST                                                                              \
+                         : "l"(a), "l"(b), "r"(add), "n"(TransA), "n"(TransB));                                        \
+        }                                                                                                              \
+        template <int TransB>                                                                                          \
+        static __device__ __forceinline__ void rs(float (&d)[N / 2], const uint32_t *a, uint64_t b, int add)           \
+        {                                                                                                              \
+            asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #R5 ", 0;\n\t"                                       \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FA_TEXT_##LAST "}, "     \
+                         "{%" #R ", %" #R1 ", %" #R2 ", %" #R3 "}, %" #R4 ", p, 1, 1, %" #R6 ";\n\t}"                  \
+                         : FA_OUTS_##LAST                                                                              \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TransB));                 \
         }                                                                                                              \
     };
 

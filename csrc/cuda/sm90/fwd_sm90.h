@@ -2,9 +2,7 @@
 #ifndef FA_FWD_SM90_H
 #define FA_FWD_SM90_H
 
-#include <cuda_runtime_api.h>
-
-#include "../../fa.h"
+#include "sm90_host.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -24,17 +22,11 @@ bool fa_fwd_sm90_can(const fa_args *a);
 /* Starts the kernel on the stream; needs no workspace. a->lse is contiguous (B, HQ, SQ, 1). */
 fa_status fa_fwd_sm90_launch(const fa_args *a, void *workspace, cudaStream_t stream, fa_error *err);
 
-/* One compiled kernel: head dimensions it serves, its tile, and what its launch needs. */
-typedef struct fa_fwd_sm90_instance {
-    const char *name;
-    fa_dtype dtype;
-    int D, DV, BM, BN;
-    int threads;
-    int shared_bytes;
-    const void *kernel;
-} fa_fwd_sm90_instance;
+/* The instance that runs the call; the i-th of all, NULL behind the last. */
+const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a);
+const fa_sm90_instance *fa_fwd_sm90_instance_at(int i);
 
-fa_status fa_fwd_sm90_launch_instance(const fa_args *a, const fa_fwd_sm90_instance *f, cudaStream_t stream,
+fa_status fa_fwd_sm90_launch_instance(const fa_args *a, const fa_sm90_instance *f, cudaStream_t stream,
                                       fa_error *err);
 
 #ifdef __cplusplus

@@ -24,8 +24,8 @@ using element = FA_CAT(fa_, FA_ELEMENT, _, t);
 using config = FA_CAT(fa_fwd_sm90_config_, FA_INSTANCE, , )<element>;
 
 extern "C" {
-extern const fa_fwd_sm90_instance FA_NAME;
-const fa_fwd_sm90_instance FA_NAME = {
+extern const fa_sm90_instance FA_NAME;
+const fa_sm90_instance FA_NAME = {
     .name = FA_TEXT(FA_NAME),
     .dtype = fa_dtype_of<element>(),
     .D = config::D,
