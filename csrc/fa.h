@@ -234,7 +234,7 @@ fa_status fa_run_merge(const fa_merge_args *a, int num_threads, const fa_exec *e
 int fa_cuda_devices(void);
 
 /* The arguments must have passed fa_validate_*. FLASHATTN_EXT_CUDA_ARCH = plain | sm80 | sm90 names the highest family
- * of kernels to use; without it, the best for the device. */
+ * of kernels to use; without it, sm80. */
 void fa_cuda_plan_forward(const fa_args *a, fa_plan *plan);
 void fa_cuda_plan_backward(const fa_args *a, fa_plan *plan);
 

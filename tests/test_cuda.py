@@ -56,6 +56,30 @@ def test_every_family_is_right(arch, case, dtype):
     check_case(case.but(dtype=dtype))
 
 
+# What the kernels of sm_90 take: bf16 and fp16, rows of whole 16 bytes, causal and windows.
+HOPPER = [
+    Case(B=2, HQ=2, HK=2, SQ=300, SK=300, D=64),
+    Case(B=1, HQ=4, HK=2, SQ=257, SK=390, D=128, options=("causal",)),
+    Case(B=2, HQ=6, HK=2, SQ=130, SK=1030, D=64, options=("lower_right",)),
+    Case(B=1, HQ=2, HK=1, SQ=500, SK=500, D=96, options=("window",)),
+    Case(B=1, HQ=2, HK=2, SQ=1, SK=700, D=128),
+    Case(B=1, HQ=2, HK=2, SQ=140, SK=270, D=192, DV=128, options=("causal",)),
+    Case(B=1, HQ=2, HK=1, SQ=333, SK=257, D=256, options=("causal",)),
+]
+
+
+@pytest.mark.skipif("cuda" in devices() and torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("case", HOPPER, ids=lambda c: c.id)
+@pytest.mark.parametrize("arch", ("sm90",), indirect=True)
+def test_kernels_of_hopper_are_right(arch, case, dtype):
+    made = case.but(dtype=dtype)
+    plan = _C.plan("forward", dtype, made.B, made.HQ, made.HK, made.SQ, made.SK, made.D, made.DV or made.D, threads=1,
+                   device=0)
+    assert "_sm90_" in plan["kernel"]
+    check_case(made)
+
+
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)
 def test_the_family_asked_for_is_used(arch):
     for dtype in FLOATS:
