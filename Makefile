@@ -13,8 +13,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DONE := $(VENV)/done
 SOURCES := setup.py pyproject.toml csrc/CMakeLists.txt \
-  $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp csrc/*/*.in csrc/*/*.map)
-# release: the kernels as they ship; asan and tsan: the same checks and the fuzzer under sanitizers.
+  $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp csrc/*/*.in csrc/*/*.map csrc/*/*.cu csrc/*/*/*.cu*)
+# release: the kernels as they ship; asan and tsan: the same checks and the fuzzer under sanitizers. Where there is nvcc,
+# the CUDA kernels are compiled too; their tests are those of the package, on a GPU.
 PRESETS := release asan tsan
 
 .PHONY: demo test test-core test-package bench build clean
@@ -26,7 +27,8 @@ test: test-core test-package
 
 test-core: $(DONE)/tools
 	set -e; cd csrc; export PATH="$(abspath $(BIN)):$$PATH"; for preset in $(PRESETS); do \
-	  cmake --preset $$preset; cmake --build --preset $$preset; ctest --preset $$preset; done
+	  cmake --preset $$preset; cmake --build --preset $$preset; ctest --preset $$preset; done; \
+	  if command -v nvcc; then cmake --preset cuda; cmake --build --preset cuda; fi
 
 test-package: $(DONE)/test build
 	$(BIN)/python -m pytest $(ARGS)

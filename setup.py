@@ -3,7 +3,8 @@
   flashattn_ext/libflashattn_ext.so   the ops, on torch's stable ABI, with the whole C core; free of Python
   flashattn_ext/_C.*.so               pybind11: plans, kernels, CPU flags, build info
 
-CC and CXX choose the compilers; FA_CUDA=0 or 1 decides about CUDA (unset: as torch). The rest is in pyproject.toml.
+CC and CXX choose the compilers. FA_CUDA=0 or 1 decides about CUDA kernels; unset, they are built where torch has CUDA
+and nvcc is found. The rest is in pyproject.toml.
 """
 
 import os
@@ -62,12 +63,17 @@ def require_tool(name):
         fail(f"{name} was not found: pip install cmake ninja.")
 
 
-def refuse_cuda():
+def wants_cuda():
+    """Are the CUDA kernels built? They need nvcc, no GPU and no CUDA in torch: the library serves both."""
     choice = os.environ.get("FA_CUDA", "")
     if choice not in ("", "0", "1"):
         fail(f"FA_CUDA is '{choice}': it must be 0 or 1, or not set.")
-    if choice == "1":
-        fail("FA_CUDA is 1, but this version has no CUDA kernels: leave it unset, or set it to 0.")
+    if choice == "1" and not shutil.which("nvcc"):
+        fail("FA_CUDA is 1, but nvcc was not found: put CUDA's compiler on the PATH, or set FA_CUDA to 0.")
+    if choice:
+        return choice == "1"
+    import torch
+    return torch.version.cuda is not None and shutil.which("nvcc") is not None
 
 
 # ---- the build ------------------------------------------------------------------------------------------------------
@@ -76,7 +82,8 @@ def refuse_cuda():
 def build_core(version):
     try:
         subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", CORE, "-G", "Ninja", f"-DFA_VERSION={version}",
-                        "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"], check=True)
+                        f"-DFA_CUDA={'ON' if wants_cuda() else 'OFF'}", "-DCMAKE_BUILD_TYPE=Release",
+                        f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"], check=True)
         subprocess.run(["cmake", "--build", CORE, "--target", "fa"], check=True)
     except subprocess.CalledProcessError:
         fail("the C core did not build: the compiler's words are above.")
@@ -96,7 +103,7 @@ def extensions():
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_objects=[str(CORE / "libfa.a")],
         library_dirs=cpp_extension.library_paths(),
-        libraries=["torch_cpu", "c10"],
+        libraries=["torch_cpu", "c10", "dl"],
         extra_link_args=["-Wl,-soname,libflashattn_ext.so", f"-Wl,--version-script={exports}"],
         **common)
     # Linked against the op library (build_extension says where it lies), which lies beside it once installed.
@@ -118,6 +125,8 @@ def build_command():
             super().build_extensions()
 
         def build_extension(self, ext):
+            if ext.name == OPS:  # what CMake found the CUDA kernels to need; empty without them
+                ext.extra_link_args += (CORE / "link.txt").read_text(encoding="utf-8").split()
             if ext.name == MODULE:
                 ext.library_dirs.append(os.path.dirname(self.get_ext_fullpath(OPS)))
             super().build_extension(ext)
@@ -134,9 +143,9 @@ def build_command():
 if BUILD_COMMANDS.isdisjoint(sys.argv):
     setup()
 else:
-    refuse_cuda()
     require_torch()
     require_compilers()
+    wants_cuda()
     require_tool("cmake")
     require_tool("ninja")
     setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})

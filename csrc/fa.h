@@ -110,6 +110,10 @@ typedef struct fa_args {
     int64_t mask_first;    /* key of the mask's first column, which hides nothing before it; the mask then has that many
                               columns less than SK. Set by fa_sequence for tree_mask, else 0 */
     int64_t first_batch;   /* what dropout calls the first of the batch */
+    int64_t kv_appended;   /* in device memory: keys of each sequence behind those that kv_seqlens counts; else 0 */
+
+    bool device_memory; /* the data of all tensors is memory of the CUDA device `device`: for fa_cuda_*, and then no */
+    int device;         /* value, of a length or an offset either, is read or checked on the host */
 
     /* results of forward, inputs of backward */
     fa_tensor out; /* (B, HQ, SQ, DV) q's dtype */
@@ -137,6 +141,8 @@ typedef enum fa_kernel_kind {
     FA_KERNEL_SCALAR = 0, /* the reference in plain C; f64 always runs here */
     FA_KERNEL_PANEL,      /* queries in the lanes: prefill and training */
     FA_KERNEL_ROWS,       /* few query rows against many keys: streams K and V once */
+    FA_KERNEL_CUDA,       /* on a GPU: a panel is the rows of a block, tasks the blocks of the (first) grid, threads and
+                             thread_bytes the threads and the shared memory of a block */
 } fa_kernel_kind;
 
 typedef struct fa_plan {
@@ -177,6 +183,7 @@ typedef struct fa_exec {
     void *pool;               /* handed to parallel */
     void *workspace;          /* plan.workspace bytes, any alignment */
     size_t workspace_size;
+    void *stream;             /* fa_cuda_run_*: the cudaStream_t to use; NULL: the default one */
 } fa_exec;
 
 /* The results are the same, bit for bit, for any plan.threads and any schedule of the workers. */
@@ -203,6 +210,8 @@ typedef struct fa_append_args {
     fa_tensor rope_cos;    /* (positions, R / 2, 1, 1) f32 or k_new's dtype, R even and at most D: row i of sequence n */
     fa_tensor rope_sin;    /* turns by position seqlens[n] + i; may be absent: nothing is turned */
     bool rope_interleaved; /* pairs (2i, 2i + 1) instead of (i, i + R / 2) */
+    bool device_memory;    /* as in fa_args */
+    int device;
 } fa_append_args;
 
 fa_status fa_validate_append(const fa_append_args *a, fa_error *err);
@@ -218,6 +227,29 @@ typedef struct fa_merge_args {
 
 fa_status fa_validate_merge(const fa_merge_args *a, fa_error *err);
 fa_status fa_run_merge(const fa_merge_args *a, int num_threads, const fa_exec *exec, fa_error *err);
+
+/* ---- CUDA: the same on tensors in the memory of a GPU (device_memory) --------------------------------------------- */
+
+/* GPUs that can be used: 0 also without a driver, and in a build without CUDA. */
+int fa_cuda_devices(void);
+
+/* The arguments must have passed fa_validate_*. FLASHATTN_EXT_CUDA_ARCH = plain | sm80 | sm90 names the highest family
+ * of kernels to use; without it, sm80. */
+void fa_cuda_plan_forward(const fa_args *a, fa_plan *plan);
+void fa_cuda_plan_backward(const fa_args *a, fa_plan *plan);
+
+/* As fa_run_append and fa_run_merge; what has no room in the cache or no page is dropped. device: of the tensors. */
+fa_status fa_cuda_run_append(const fa_append_args *a, const fa_exec *exec, fa_error *err);
+fa_status fa_cuda_run_merge(const fa_merge_args *a, int device, const fa_exec *exec, fa_error *err);
+
+/* Waits for the device and copies bytes from its memory. */
+fa_status fa_cuda_read(void *to, const void *from, size_t bytes, fa_error *err);
+
+/* Starts the work on exec->stream and returns; nothing is synchronised, so that it can be captured in a CUDA graph.
+ * plan.workspace bytes of the device's memory, aligned to 256. Lengths and offsets are not checked: beyond their range
+ * they count as its end, and nothing outside of the tensors is read or written. */
+fa_status fa_cuda_run_forward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
+fa_status fa_cuda_run_backward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
 
 /* ---- what this machine and this build can do -------------------------------------------------------------------- */
 
@@ -245,8 +277,10 @@ typedef struct fa_kernel_info {
     bool usable;      /* this machine has the instruction set and the environment allows it */
 } fa_kernel_info;
 
-/* Every kernel in this build; returns their number, writes at most n. */
+/* Every kernel for the CPU in this build; returns their number, writes at most n. */
 int fa_kernels(fa_kernel_info *list, int n);
+/* Every kernel for GPUs; usable: on the machine's first. */
+int fa_cuda_kernels(fa_kernel_info *list, int n);
 
 /* Work whose time gives the machine's ceilings, on the calling thread, with the highest instruction set enabled. Each
  * returns how much it did: FLOP of fp32 multiply-adds, FLOP of bf16 dot products (0 where there is no such

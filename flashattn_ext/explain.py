@@ -16,7 +16,7 @@ class Plan:
     """
 
     kernel: str         # its name, as kernels() lists it
-    kind: str           # scalar, panel (many query rows) or rows (few query rows against many keys)
+    kind: str           # scalar, panel (many query rows), rows (few query rows against many keys) or cuda
     why: str            # one sentence: why this kernel and these splits
     block_rows: int     # query rows of a tile
     block_keys: int     # keys of a tile
@@ -24,9 +24,9 @@ class Plan:
     chunk_panels: int   # panels that share one pass over the keys
     splits: int         # parts the keys are cut into; does not depend on the threads
     split_keys: int     # keys of one part
-    tasks: int          # units of parallel work
-    threads: int        # workers that would start
-    thread_bytes: int   # scratch of one worker
+    tasks: int          # units of parallel work; of cuda the blocks of the grid
+    threads: int        # workers that would start; threads of a block
+    thread_bytes: int   # scratch of one worker; shared memory of a block
     shared_bytes: int   # partial results
     workspace: int      # all scratch
     flops: float
@@ -53,7 +53,7 @@ def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
     check_tensors(query, key, value)
     check_scalars(dropout_p, scale, softcap)
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.device.type not in ("cpu", "meta"):
+        if x.device.type not in ("cpu", "meta", *(("cuda",) if _C.build_info()["cuda"] else ())):
             raise RuntimeError(f"{name} is on {x.device}, but this build plans for the CPU only: cpu or meta is "
                                "allowed")
     needs = sum(1 << place for place, x in enumerate((query, key, value, attn_mask, sinks))
@@ -68,7 +68,8 @@ def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
         q.shape[3], v.shape[3], window_left=left, window_right=right, bottom_right=bottom_right, softcap=float(softcap),
         dropout_p=float(dropout_p), mask_dtype=None if mask is None else _name(mask.dtype),
         mask_shape=None if mask is None else list(mask.shape), has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None, needs=needs or 7, threads=torch.get_num_threads()))
+        has_alibi=alibi_slopes is not None, needs=needs or 7, threads=torch.get_num_threads(),
+        device=query.device.index if query.device.type == "cuda" else -1))
     print(plan)
     return plan
 

@@ -342,7 +342,7 @@ def _weighted_sum(weights, v, visible):
 
 def _draw_seed():
     """The seed of one dropout call: every device takes it from torch's default CPU generator."""
-    return int(torch.randint(-2**63, 2**63 - 1, (1,), dtype=torch.int64))
+    return int(torch.randint(-2**63, 2**63 - 1, (1,), dtype=torch.int64, device="cpu"))
 
 
 # ---- dropout: the same random numbers as csrc/common/fa_philox.h ----------------------------------------------------

@@ -196,8 +196,25 @@ TOGETHER = (
 )
 
 
-def build(case, device="cpu"):
-    """Inputs of a case, the same for the same case: normal values, rounded from float64."""
+def moved(x, device):
+    """x on the device, with its strides and what lies between."""
+    if x.device == torch.device(device):
+        return x
+    flat = torch.empty(0, dtype=x.dtype, device="cpu").set_(x.untyped_storage())
+    return flat.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def build(case, device=None):
+    """Inputs of a case, the same for the same case: normal values, rounded from float64. device: None = the default."""
+    device = device or torch.get_default_device()
+    with torch.device("cpu"):
+        made = _build(case)
+    made = made.map(lambda name, x: moved(x, device))
+    made.options.update({n: moved(made.options[n], device) for n in ("q_seqlens", "kv_seqlens") if n in made.options})
+    return made
+
+
+def _build(case):
     g = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape):
@@ -209,16 +226,14 @@ def build(case, device="cpu"):
     options = dict(enable_gqa=True) if case.HQ != case.HK else {}
     for name in case.options:
         options.update(OPTIONS[name](case, g))
-    made = Inputs(query, key, value, options)
-    if device != "cpu":
-        made = made.map(lambda name, x: x.to(device))
-        made.options.update({n: made.options[n].to(device) for n in ("q_seqlens", "kv_seqlens") if n in made.options})
-    return made
+    return Inputs(query, key, value, options)
 
 
-def upstream(case, device="cpu"):
-    """Gradients that come down: grad_out (B, HQ, SQ, DV) and grad_lse (B, HQ, SQ)."""
+def upstream(case, device=None):
+    """Gradients that come down: grad_out (B, HQ, SQ, DV) and grad_lse (B, HQ, SQ). device: None = the default."""
+    device = device or torch.get_default_device()
     g = torch.Generator().manual_seed(case.seed + 1)
-    out = torch.randn(case.B, case.HQ, case.SQ, case.dv, generator=g, dtype=torch.float64).to(case.torch_dtype)
-    lse = torch.randn(case.B, case.HQ, case.SQ, generator=g, dtype=torch.float64).to(_f32_or_wider(case))
+    shape = (case.B, case.HQ, case.SQ)
+    out = torch.randn(*shape, case.dv, generator=g, dtype=torch.float64, device="cpu").to(case.torch_dtype)
+    lse = torch.randn(shape, generator=g, dtype=torch.float64, device="cpu").to(_f32_or_wider(case))
     return out.to(device), lse.to(device)

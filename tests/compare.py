@@ -153,7 +153,7 @@ def kept_after(seed, p, B, HQ, SQ, SK):
     return fa.reference.attention(*flat, dropout_p=p) != 0
 
 
-def check_case(case, device="cpu", backward=True, needs=None, seed=1234, least=0.0,
+def check_case(case, device=None, backward=True, needs=None, seed=1234, least=0.0,
                change=lambda name, x: x):
     """Builds a case, runs ours forward and backward, and holds every result to the rule. Returns ours.
 
@@ -162,7 +162,7 @@ def check_case(case, device="cpu", backward=True, needs=None, seed=1234, least=0
     needs = needs if backward else ()
     p, keep = inputs.options.get("dropout_p", 0.0), None
     if p:
-        keep = kept_after(seed, p, case.B, case.HQ, case.SQ, case.SK).to(device)
+        keep = kept_after(seed, p, case.B, case.HQ, case.SQ, case.SK).to(inputs.query.device)
     torch.manual_seed(seed)
     got = differentiate(ours, inputs, grads, needs)
     check_all(got, *expected(inputs, grads, case.torch_dtype, needs, keep, seed), case.torch_dtype, least)

@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 
+import cases
 import poison
 
 THREADS = 2
@@ -73,7 +74,33 @@ def devices():
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", devices(), scope="session")
+        metafunc.parametrize("device", devices(), indirect=True)
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The device of the test, on which all its tensors are made that it does not place itself. On a GPU lengths are
+    checked as they are on the CPU. A unittest class, which knows no parameters, runs on the CPU."""
+    if getattr(request, "param", "cpu") == "cpu":
+        yield "cpu"
+        return
+    monkeypatch.setenv("FLASHATTN_EXT_CHECK", "1")
+    with torch.device(request.param):
+        yield request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    """Tensors in the parameters of a test were made when it was collected: here they follow it to its device."""
+    arguments = getattr(item, "funcargs", {})
+    if arguments.get("device", "cpu") != "cpu":
+        arguments.update({name: _moved(x, arguments["device"]) for name, x in arguments.items()})
+
+
+def _moved(x, device):
+    if type(x) is dict:
+        return {name: _moved(value, device) for name, value in x.items()}
+    return cases.moved(x, device) if type(x) is torch.Tensor else x
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ def lengths(given, batch, full, device):
     return given.reshape(batch).to(device=device, dtype=torch.int64)
 
 
-def visible(B, SQ, SK, *, attn_mask=None, is_causal=False, window=None, q_seqlens=None, kv_seqlens=None, device="cpu"):
+def visible(B, SQ, SK, *, attn_mask=None, is_causal=False, window=None, q_seqlens=None, kv_seqlens=None, device=None):
     """Which keys a query may see by position: bool (B, 1, SQ, SK), and j - (i + offset) as int64 of the same shape."""
+    device = device or torch.get_default_device()
     lower_right = isinstance(attn_mask, CausalBias) and attn_mask.variant == CausalVariant.LOWER_RIGHT
     causal = is_causal or isinstance(attn_mask, CausalBias)
     q_len = lengths(q_seqlens, B, SQ, device)

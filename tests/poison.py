@@ -26,7 +26,7 @@ def fill_malloc(byte=0x80):
 
 
 @contextlib.contextmanager
-def free_memory(*shapes, dtype=torch.float32, device="cpu"):
+def free_memory(*shapes, dtype=torch.float32, device=None):
     """Allocates NaN tensors of these shapes and frees them before the block, so that the next allocation of that size
     is likely to be full of NaN."""
     full = [torch.full(shape, math.nan, dtype=dtype, device=device) for shape in shapes for _ in range(4)]
@@ -48,7 +48,7 @@ def hidden_keys(inputs, see, kind="nan"):
 def hidden_rows(inputs, q_seqlens, kind="nan"):
     """A copy of inputs where the query rows past q_seqlens hold poison."""
     B, HQ, SQ = inputs.query.shape[:3]
-    past = torch.arange(SQ)[None, :] >= q_seqlens.reshape(B, 1)
+    past = torch.arange(SQ, device=q_seqlens.device)[None, :] >= q_seqlens.reshape(B, 1)
     return _replace(inputs, kind, query=past[:, None].expand(B, HQ, SQ))
 
 

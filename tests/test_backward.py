@@ -85,6 +85,7 @@ def gradcheck_arguments(case):
     return call, leaves
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", GRADCHECK + [("dropout", "causal")], ids="+".join)
 def test_gradcheck(options):
     options = tuple("bias_batch" if o == "bias_inf" else o for o in options)  # -inf has no finite difference
@@ -92,6 +93,7 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(call, leaves, check_batched_grad=False, fast_mode=False)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", [(), ("causal", "bias_head", "sinks"), ("mask_key", "softcap")][:2], ids="+".join)
 def test_gradcheck_with_batched_gradients(options):
     """vmap over the backward, as torch.autograd.grad(is_grads_batched=True) does."""
@@ -113,6 +115,7 @@ def test_any_subset_of_gradients(needs, dtype, device):
 NAMES = ("query", "key", "value", "mask", "sinks")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("needs", range(32))
 def test_the_op_computes_only_what_needs_says(needs):
     """torch.ops.flashattn_ext.backward: a gradient whose bit is not set comes back with no element."""

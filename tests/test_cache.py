@@ -9,11 +9,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import flashattn_ext as fa
 from sequences import normal, offsets, same_bits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 QUANTS = (None, "int8", "fp8")
 
 
 def new_cache(num_pages=8, page_size=4, quant=None, dtype=torch.float32, **options):
-    return fa.PagedKVCache(num_pages, page_size, 2, 6, v_head_dim=5, dtype=dtype, device="cpu", quant=quant, **options)
+    return fa.PagedKVCache(num_pages, page_size, 2, 6, v_head_dim=5, dtype=dtype, device=torch.get_default_device(),
+                           quant=quant, **options)
 
 
 def tokens(*shape, dtype=torch.float32):
@@ -38,7 +41,8 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(pages=st.integers(0, 9), page_size=st.integers(1, 4), quant=st.sampled_from(QUANTS))
     def start(self, pages, page_size, quant):
-        self.cache = fa.PagedKVCache(pages, page_size, 1, 2, dtype=torch.float32, device="cpu", quant=quant)
+        self.cache = fa.PagedKVCache(pages, page_size, 1, 2, dtype=torch.float32, device=torch.get_default_device(),
+                                     quant=quant)
         self.pages, self.page_size, self.model, self.drawn = pages, page_size, {}, 0
 
     def draw(self, count):
@@ -271,7 +275,7 @@ def test_append_is_what_the_reference_appends(quant):
 @pytest.mark.parametrize("quant", QUANTS)
 def test_generation(quant):
     """Prefill, fork, then steps in which decode_attention writes into the cache itself; against the reference."""
-    cache = fa.PagedKVCache(24, 4, 2, 16, dtype=torch.float32, device="cpu", quant=quant)
+    cache = fa.PagedKVCache(24, 4, 2, 16, dtype=torch.float32, device=torch.get_default_device(), quant=quant)
     cache.allocate("prompt")
     cache.append(["prompt"], normal(1, 10, 2, 16), normal(1, 10, 2, 16))
     for name in "xyz":

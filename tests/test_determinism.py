@@ -43,6 +43,7 @@ def test_same_bits_for_any_number_of_threads(case, dtype):
             assert torch.equal(got, one[name]), f"{name} differs between 1 and {threads} threads"
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_same_bits_in_every_run(case, dtype):
@@ -66,6 +67,7 @@ def test_same_bits_in_another_process():
     assert len(results) == 1, results
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", [(), ("causal",), ("alibi", "softcap", "window")], ids="+".join)
 @pytest.mark.parametrize("SQ", [1, 70])
@@ -85,17 +87,20 @@ def test_a_sequence_does_not_depend_on_its_neighbours(SQ, options, dtype):
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("p", [0.001, 0.3, 0.999])
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
 def test_the_op_drops_what_philox_says(seed, p):
     """The op with an explicit seed against Philox4x32-10 on Python integers."""
     SQ, SK = 3, 131
     zeros = torch.zeros(2, 2, SQ, 4), torch.zeros(2, 2, SK, 4), torch.eye(SK).expand(2, 2, SK, SK)
-    out, _ = torch.ops.flashattn_ext.forward(*zeros, None, None, None, None, None, torch.tensor([seed]), None, 0.0, -1,
+    seed_tensor = torch.tensor([seed], device="cpu")
+    out, _ = torch.ops.flashattn_ext.forward(*zeros, None, None, None, None, None, seed_tensor, None, 0.0, -1,
                                              -1, False, p)
-    assert torch.equal(out != 0, naive.dropout_keep(seed, p, 2, 2, SQ, SK))
+    assert torch.equal((out != 0).cpu(), naive.dropout_keep(seed, p, 2, 2, SQ, SK).cpu())
 
 
+@pytest.mark.usefixtures("device")
 def test_manual_seed_gives_the_same_call_again_forward_and_backward():
     case = Case(B=2, HQ=2, HK=1, SQ=70, SK=100, options=("dropout",))
     first, again = run(case, 2), run(case, 2)
@@ -105,6 +110,7 @@ def test_manual_seed_gives_the_same_call_again_forward_and_backward():
     assert not torch.equal(other["out"], first["out"])
 
 
+@pytest.mark.usefixtures("device")
 def test_reference_draws_the_same_mask():
     keep = kept_after(12, 0.5, 2, 2, 30, 50)
     torch.manual_seed(12)
@@ -144,7 +150,7 @@ def test_the_instruction_set_asked_for_is_used(isa):
             kernel = _C.plan(op, dtype, 1, 2, 1, sq, 64, 16, 16, threads=2)["kernel"]
             assert f"_{isa}_" in kernel, f"{op} of {dtype} with {sq} queries runs {kernel}"
     assert "_scalar_f64" in _C.plan("forward", "float64", 1, 2, 1, 64, 64, 16, 16, threads=2)["kernel"]
-    usable = {k["target"] for k in _C.kernels() if k["usable"]}
+    usable = {k["target"] for k in _C.kernels() if k["usable"]} & set(ISAS)
     assert usable == {"scalar", *below}
 
 

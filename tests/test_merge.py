@@ -8,6 +8,8 @@ import torch
 import flashattn_ext as fa
 from sequences import DTYPES, name_of, normal
 
+pytestmark = pytest.mark.usefixtures("device")
+
 INF = math.inf
 
 

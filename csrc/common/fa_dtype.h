@@ -6,20 +6,21 @@
 #include <string.h>
 
 #include "../fa.h"
+#include "fa_host_device.h"
 
-static inline float fa_bits_to_f32(uint32_t bits)
+FA_HD static inline float fa_bits_to_f32(uint32_t bits)
 {
     float f;
     memcpy(&f, &bits, sizeof f);
     return f;
 }
 
-static inline float fa_bf16_to_f32(uint16_t x)
+FA_HD static inline float fa_bf16_to_f32(uint16_t x)
 {
     return fa_bits_to_f32((uint32_t)x << 16);
 }
 
-static inline float fa_f16_to_f32(uint16_t x)
+FA_HD static inline float fa_f16_to_f32(uint16_t x)
 {
     uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = (x >> 10) & 31, mantissa = x & 1023;
     /* Subnormals are a whole number of 2^-24. An integer conversion also works where the caller flushes subnormals. */
@@ -30,7 +31,7 @@ static inline float fa_f16_to_f32(uint16_t x)
 }
 
 /* 4 bits of exponent with bias 7, 3 of mantissa. All bits of both set is NaN; there is no infinity. */
-static inline float fa_f8e4m3_to_f32(uint8_t x)
+FA_HD static inline float fa_f8e4m3_to_f32(uint8_t x)
 {
     uint32_t sign = (uint32_t)(x & 0x80) << 24, exponent = (x >> 3) & 15, mantissa = x & 7;
     float subnormal = (float)mantissa * 0x1p-9f;
@@ -42,7 +43,7 @@ static inline float fa_f8e4m3_to_f32(uint8_t x)
 
 /* x rounded once, ties to even, to 1 sign bit, `ebits` of exponent and `mbits` of mantissa. Overflow gives infinity,
  * NaN gives a quiet NaN of the same sign. */
-static inline uint16_t fa_narrow(double x, int ebits, int mbits)
+FA_HD static inline uint16_t fa_narrow(double x, int ebits, int mbits)
 {
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -68,18 +69,18 @@ static inline uint16_t fa_narrow(double x, int ebits, int mbits)
     return (uint16_t)(sign | (((uint32_t)(exponent - 1) << mbits) + (uint32_t)kept));
 }
 
-static inline uint16_t fa_f64_to_bf16(double x)
+FA_HD static inline uint16_t fa_f64_to_bf16(double x)
 {
     return fa_narrow(x, 8, 7);
 }
 
-static inline uint16_t fa_f64_to_f16(double x)
+FA_HD static inline uint16_t fa_f64_to_f16(double x)
 {
     return fa_narrow(x, 5, 10);
 }
 
 /* Beyond the largest finite value, also at infinity, the largest finite value (448): a cache saturates. */
-static inline uint8_t fa_f64_to_f8e4m3(double x)
+FA_HD static inline uint8_t fa_f64_to_f8e4m3(double x)
 {
     uint8_t sign = signbit(x) ? 0x80 : 0;
     double a = fabs(x);
@@ -95,12 +96,12 @@ static inline uint8_t fa_f64_to_f8e4m3(double x)
 }
 
 /* Ties to even; beyond the range, the end of it; NaN gives 0. */
-static inline int8_t fa_f64_to_i8(double x)
+FA_HD static inline int8_t fa_f64_to_i8(double x)
 {
     return isnan(x) ? 0 : x <= -128 ? -128 : x >= 127 ? 127 : (int8_t)nearbyint(x);
 }
 
-static inline double fa_load(const void *data, fa_dtype dtype, int64_t index)
+FA_HD static inline double fa_load(const void *data, fa_dtype dtype, int64_t index)
 {
     switch (dtype) {
     case FA_F32: return ((const float *)data)[index];
@@ -116,7 +117,7 @@ static inline double fa_load(const void *data, fa_dtype dtype, int64_t index)
     return NAN;
 }
 
-static inline void fa_store(void *data, fa_dtype dtype, int64_t index, double x)
+FA_HD static inline void fa_store(void *data, fa_dtype dtype, int64_t index, double x)
 {
     switch (dtype) {
     case FA_F32: ((float *)data)[index] = (float)x; return;

@@ -3,6 +3,7 @@
 #define FA_MASK_H
 
 #include "../fa.h"
+#include "fa_host_device.h"
 
 typedef struct fa_range {
     int64_t lo, hi; /* lo <= j < hi; empty when hi <= lo */
@@ -15,7 +16,7 @@ typedef struct fa_span {
     int64_t left, right; /* -1 = unbounded */
 } fa_span;
 
-static inline int64_t fa_length_at(const fa_tensor *t, int64_t b, int64_t full)
+FA_HD static inline int64_t fa_length_at(const fa_tensor *t, int64_t b, int64_t full)
 {
     if (!t->data)
         return full;
@@ -23,7 +24,7 @@ static inline int64_t fa_length_at(const fa_tensor *t, int64_t b, int64_t full)
     return t->dtype == FA_I64 ? ((const int64_t *)t->data)[at] : ((const int32_t *)t->data)[at];
 }
 
-static inline fa_span fa_span_at(const fa_args *a, int64_t b)
+FA_HD static inline fa_span fa_span_at(const fa_args *a, int64_t b)
 {
     fa_span s = {
         .q_len = fa_length_at(&a->q_seqlens, b, a->q.size[2]),
@@ -36,7 +37,7 @@ static inline fa_span fa_span_at(const fa_args *a, int64_t b)
 }
 
 /* Keys that at least one of the queries first .. last (both below q_len) sees. */
-static inline fa_range fa_keys_of_queries(const fa_span *s, int64_t first, int64_t last)
+FA_HD static inline fa_range fa_keys_of_queries(const fa_span *s, int64_t first, int64_t last)
 {
     fa_range r = {0, s->k_len};
     if (s->left >= 0 && first + s->offset - s->left > r.lo)
@@ -47,7 +48,7 @@ static inline fa_range fa_keys_of_queries(const fa_span *s, int64_t first, int64
 }
 
 /* Queries that see at least one of the keys first .. last (both below k_len). */
-static inline fa_range fa_queries_of_keys(const fa_span *s, int64_t first, int64_t last)
+FA_HD static inline fa_range fa_queries_of_keys(const fa_span *s, int64_t first, int64_t last)
 {
     fa_range r = {0, s->q_len};
     if (s->right >= 0 && first - s->offset - s->right > r.lo)
@@ -58,7 +59,7 @@ static inline fa_range fa_queries_of_keys(const fa_span *s, int64_t first, int64
 }
 
 /* Does each of the queries q0 .. q1 see each of the keys k0 .. k1 (all ends included)? */
-static inline bool fa_all_visible(const fa_span *s, int64_t q0, int64_t q1, int64_t k0, int64_t k1)
+FA_HD static inline bool fa_all_visible(const fa_span *s, int64_t q0, int64_t q1, int64_t k0, int64_t k1)
 {
     return k0 >= 0 && k1 < s->k_len && q1 < s->q_len && (s->left < 0 || k0 >= q1 + s->offset - s->left) &&
            (s->right < 0 || k1 <= q0 + s->offset + s->right);

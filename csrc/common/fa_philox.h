@@ -9,11 +9,7 @@
 
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define FA_HD __host__ __device__
-#else
-#define FA_HD
-#endif
+#include "fa_host_device.h"
 
 enum { FA_PHILOX_ROUNDS = 10 };
 #define FA_PHILOX_M0 0xD2511F53u /* multipliers and key increments of the paper */

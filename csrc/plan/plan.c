@@ -43,6 +43,15 @@ static double bytes_of(const fa_tensor *t)
     return elements(t) * (double)fa_dtype_size(t->dtype);
 }
 
+void fa_plan_work(const fa_args *a, bool backward, fa_plan *p)
+{
+    double d = (double)a->q.size[3], dv = (double)a->v.size[3];
+    double qkv = bytes_of(&a->q) + bytes_of(&a->k) + bytes_of(&a->v);
+    p->flops = 2 * visible_scores(a) * (backward ? 3 * d + 2 * dv : d + dv);
+    p->bytes = qkv * (backward ? 2 : 1) + bytes_of(&a->mask) + bytes_of(&a->out) +
+               bytes_of(backward ? &a->dout : &a->lse);
+}
+
 void fa_plan_finish(fa_plan *p, int num_threads)
 {
     const double worth_a_thread = 2e5; /* waking a worker costs some microseconds */
@@ -103,9 +112,7 @@ void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, f
     *p = (fa_plan){.kernel = t->name, .kind = t->kind, .block_rows = t->panel_rows, .block_keys = t->key_block,
                    .chunk_panels = 1, .splits = 1, .split_keys = a->k.size[2]};
     int64_t rows = a->q.size[0] * a->q.size[1] * a->q.size[2];
-    p->flops = 2 * visible_scores(a) * (double)(a->q.size[3] + a->v.size[3]);
-    p->bytes = bytes_of(&a->q) + bytes_of(&a->k) + bytes_of(&a->v) + bytes_of(&a->mask) + bytes_of(&a->out) +
-               bytes_of(&a->lse);
+    fa_plan_work(a, false, p);
     switch (t->kind) {
     case FA_KERNEL_SCALAR:
         p->panels = fa_ceil_div(a->q.size[2], FA_SCALAR_BLOCK);
@@ -118,6 +125,7 @@ void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, f
     case FA_KERNEL_PANEL:
         plan_panels(a, t, num_threads, p);
         break;
+    case FA_KERNEL_CUDA: break; /* planned in csrc/cuda */
     }
     if (p->splits > 1)
         p->shared_bytes = (size_t)(p->splits * rows * fa_partial_floats(a->v.size[3])) * 4;
@@ -133,9 +141,7 @@ void fa_plan_backward_on(const fa_args *a, const fa_target *t, int num_threads, 
     *p = (fa_plan){.kernel = t->name, .kind = t->kind, .block_rows = t->panel_rows, .block_keys = t->key_block,
                    .chunk_panels = 1, .splits = 1, .split_keys = a->k.size[2]};
     int64_t sequences = a->q.size[0] * a->k.size[1];
-    p->flops = 2 * visible_scores(a) * (double)(3 * a->q.size[3] + 2 * a->v.size[3]);
-    p->bytes = bytes_of(&a->q) * 2 + bytes_of(&a->k) * 2 + bytes_of(&a->v) * 2 + bytes_of(&a->mask) +
-               bytes_of(&a->out) + bytes_of(&a->dout);
+    fa_plan_work(a, true, p);
     if (t->kind == FA_KERNEL_SCALAR) {
         p->panels = 1;
         p->tasks = sequences;
@@ -156,25 +162,38 @@ void fa_plan_backward_on(const fa_args *a, const fa_target *t, int num_threads, 
 
 static const char *kind_name(fa_kernel_kind k)
 {
-    return k == FA_KERNEL_SCALAR ? "scalar" : k == FA_KERNEL_ROWS ? "rows" : "panel";
+    return k == FA_KERNEL_SCALAR ? "scalar" : k == FA_KERNEL_ROWS ? "rows" : k == FA_KERNEL_CUDA ? "cuda" : "panel";
+}
+
+/* the lines between why and the work */
+static int print_cut(const fa_plan *p, char *text, size_t n)
+{
+    const char *format = p->kind == FA_KERNEL_CUDA
+                             ? "tiles      %lld rows x %lld keys; %lld panels a head, %lld to a block\n"
+                               "splits     %lld of %lld keys: %s\n"
+                               "grid       %lld blocks of %d threads\n"
+                               "memory     %zu bytes of workspace: %zu shared by all; %zu of shared memory a block\n"
+                             : "tiles      %lld rows x %lld keys; %lld panels a kv head, %lld to a chunk\n"
+                               "splits     %lld of %lld keys: %s\n"
+                               "tasks      %lld on %d threads\n"
+                               "workspace  %zu bytes: %zu shared, %zu a thread\n";
+    return snprintf(text, n, format, (long long)p->block_rows, (long long)p->block_keys, (long long)p->panels,
+                    (long long)p->chunk_panels, (long long)p->splits, (long long)p->split_keys, p->why_splits,
+                    (long long)p->tasks, p->threads, p->workspace, p->shared_bytes, p->thread_bytes);
 }
 
 int fa_plan_print(const fa_plan *p, const fa_args *a, char *text, size_t n)
 {
+    char cut[800];
+    print_cut(p, cut, sizeof cut);
     return snprintf(text, n,
                     "shape      B %lld, HQ %lld over HK %lld, SQ %lld, SK %lld, D %lld, DV %lld, %s\n"
                     "kernel     %s (%s)\n"
                     "why        %s\n"
-                    "tiles      %lld rows x %lld keys; %lld panels a kv head, %lld to a chunk\n"
-                    "splits     %lld of %lld keys: %s\n"
-                    "tasks      %lld on %d threads\n"
-                    "workspace  %zu bytes: %zu shared, %zu a thread\n"
+                    "%s"
                     "work       %.4g GFLOP, %.4g MB read and written once; intensity %.3g FLOP a byte\n",
                     (long long)a->q.size[0], (long long)a->q.size[1], (long long)a->k.size[1], (long long)a->q.size[2],
                     (long long)a->k.size[2], (long long)a->q.size[3], (long long)a->v.size[3],
-                    fa_dtype_name(a->q.dtype), p->kernel, kind_name(p->kind), p->why, (long long)p->block_rows,
-                    (long long)p->block_keys, (long long)p->panels, (long long)p->chunk_panels, (long long)p->splits,
-                    (long long)p->split_keys, p->why_splits, (long long)p->tasks, p->threads, p->workspace,
-                    p->shared_bytes, p->thread_bytes, p->flops * 1e-9, p->bytes * 1e-6,
-                    p->bytes > 0 ? p->flops / p->bytes : 0);
+                    fa_dtype_name(a->q.dtype), p->kernel, kind_name(p->kind), p->why, cut, p->flops * 1e-9,
+                    p->bytes * 1e-6, p->bytes > 0 ? p->flops / p->bytes : 0);
 }

@@ -4,6 +4,10 @@
 
 #include "../common/fa_mask.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* What the planner must know of the kernels it plans for. */
 typedef struct fa_target {
     const char *name;   /* kernel's name, for the report */
@@ -24,10 +28,10 @@ enum {
     FA_LANES_BYTES = 2048, /* room for the kernels' record of a panel's lanes */
 };
 
-static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t fa_round_up(int64_t a, int64_t b) { return fa_ceil_div(a, b) * b; }
-static inline int64_t fa_min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t fa_max64(int64_t a, int64_t b) { return a > b ? a : b; }
+FA_HD static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FA_HD static inline int64_t fa_round_up(int64_t a, int64_t b) { return fa_ceil_div(a, b) * b; }
+FA_HD static inline int64_t fa_min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FA_HD static inline int64_t fa_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- panels (tiles.c) ------------------------------------------------------------------------------------------- */
 
@@ -112,14 +116,20 @@ fa_bwd_shared fa_bwd_shared_of(const fa_args *a, const fa_target *t);
 int64_t fa_split_keys(const fa_args *a, int64_t units, int64_t least, int64_t key_block, int64_t *splits);
 
 /* Partial result of one query row over one part of the keys: maximum, sum, then DV weighted values (fp32). */
-static inline int64_t fa_partial_floats(int64_t dv) { return 2 + dv; }
+FA_HD static inline int64_t fa_partial_floats(int64_t dv) { return 2 + dv; }
 
 /* Threads and workspace of a plan whose tasks, work and scratch are known. */
 void fa_plan_finish(fa_plan *plan, int num_threads);
 void fa_plan_forward_on(const fa_args *a, const fa_target *t, int num_threads, fa_plan *plan);
 void fa_plan_backward_on(const fa_args *a, const fa_target *t, int num_threads, fa_plan *plan);
 
+/* flops and bytes of a call, for the report and for the number of threads */
+void fa_plan_work(const fa_args *a, bool backward, fa_plan *plan);
+
 /* fp32 words of one value row, padded to whole vectors */
 static inline int64_t fa_padded(int64_t d, int lanes) { return fa_round_up(d, lanes); }
 
+#ifdef __cplusplus
+}
+#endif
 #endif

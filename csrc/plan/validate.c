@@ -153,6 +153,8 @@ static fa_status check_inputs(const fa_args *a, bool backward, fa_error *err)
 
 static fa_status check_all_length_values(const fa_args *a, fa_error *err)
 {
+    if (a->device_memory)
+        return FA_OK;
     if (a->by_sequence)
         return fa_check_sequence_values(a, err);
     TRY(check_length_values("q_seqlens", &a->q_seqlens, a->q.size[2], "query", err));

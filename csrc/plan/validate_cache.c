@@ -283,7 +283,7 @@ fa_status fa_validate_append(const fa_append_args *a, fa_error *err)
     }
     TRY(check_query(a, err));
     TRY(check_rope(a, err));
-    return check_append_values(a, err);
+    return a->device_memory ? FA_OK : check_append_values(a, err);
 }
 
 /* ---- merge ------------------------------------------------------------------------------------------------------- */

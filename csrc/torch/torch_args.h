@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -16,8 +18,13 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "fa.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name in the headers of torch 2.10 and 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace fa_torch {
 
@@ -191,6 +198,8 @@ inline int64_t bytes_of(const fa_tensor &t)
     return t.size[0] * t.size[1] * t.size[2] * t.size[3] * static_cast<int64_t>(fa_dtype_size(t.dtype));
 }
 
+// ---- where a call runs -------------------------------------------------------------------------------------------
+
 inline void require_cpu(const Tensor &t, const char *name)
 {
     if (device_type(t) != CPU)
@@ -202,6 +211,48 @@ inline void require_cpu(const MaybeTensor &t, const char *name)
 {
     if (t)
         require_cpu(*t, name);
+}
+
+// The device of all tensors of a call but the dropout seed.
+struct Place {
+    int32_t type = CPU, index = 0;
+
+    bool on_cpu() const { return type == CPU; }
+};
+
+// That of the call's first tensor: the CPU, or a GPU where this build and this machine can use one.
+inline Place place_of(const Tensor &t, const char *name)
+{
+    if (device_type(t) == aoti_torch_device_type_cuda() && fa_cuda_devices() > t.get_device_index())
+        return {device_type(t), t.get_device_index()};
+    require_cpu(t, name);
+    return {};
+}
+
+inline void require_at(const Place &place, const Tensor &t, const char *name)
+{
+    if (place.on_cpu())
+        return require_cpu(t, name);
+    if (device_type(t) != place.type || t.get_device_index() != place.index)
+        refuse(std::string(name) + " is on " + device_name(t) + " and query on cuda:" + std::to_string(place.index) +
+               ": every tensor must be on one device");
+}
+
+inline void require_at(const Place &place, const MaybeTensor &t, const char *name)
+{
+    if (t)
+        require_at(place, *t, name);
+}
+
+inline void put_at(const Place &place, fa_args *a)
+{
+    a->device_memory = !place.on_cpu();
+    a->device = place.index;
+}
+
+inline Place place_of(const fa_args &a)
+{
+    return a.device_memory ? Place{aoti_torch_device_type_cuda(), a.device} : Place{};
 }
 
 inline uint64_t seed_of(const MaybeTensor &seed, double dropout_p)
@@ -268,11 +319,11 @@ inline fa_tensor planned_like(const fa_tensor &like)
 }
 
 // Gives a planned result its memory; the tensor has `dim` of its dimensions, from `first` on.
-inline Tensor allocate(fa_tensor *t, int first = 0, int dim = 4)
+inline Tensor allocate(fa_tensor *t, int first = 0, int dim = 4, const Place &place = {})
 {
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, t->size + first, t->stride + first,
-                                                           DTYPES[t->dtype].torch, CPU, 0, &handle));
+                                                           DTYPES[t->dtype].torch, place.type, place.index, &handle));
     Tensor result(handle);
     void *data = result.mutable_data_ptr();
     t->data = data ? data : no_elements;
@@ -287,21 +338,21 @@ inline fa_tensor planned_rows(const int64_t (&size)[4], fa_dtype dtype)
 }
 
 // Gives it its memory; packed: without the batch of 1.
-inline Tensor allocate_rows(fa_tensor *t, bool packed)
+inline Tensor allocate_rows(fa_tensor *t, bool packed, const Place &place = {})
 {
     fa_tensor rows = *t;
     std::swap(rows.size[1], rows.size[2]);
     std::swap(rows.stride[1], rows.stride[2]);
-    Tensor result = packed ? allocate(&rows, 1, 3) : allocate(&rows);
+    Tensor result = packed ? allocate(&rows, 1, 3, place) : allocate(&rows, 0, 4, place);
     t->data = rows.data;
     return result;
 }
 
 // What stands for a gradient that is not needed.
-inline Tensor nothing(fa_dtype dtype)
+inline Tensor nothing(fa_dtype dtype, const Place &place = {})
 {
     fa_tensor t = {.data = nullptr, .size = {0}, .stride = {1}, .dtype = dtype};
-    return allocate(&t, 0, 1);
+    return allocate(&t, 0, 1, place);
 }
 
 inline fa_dtype lse_dtype(fa_dtype q)
@@ -322,11 +373,22 @@ inline Memory host_memory(size_t bytes)
     return memory;
 }
 
-// Memory for a log-sum-exp that nobody asked for.
-inline Memory scratch_lse(fa_tensor *lse)
+// Memory for a planned tensor that is not returned, such as a log-sum-exp that nobody asked for; on a GPU it is
+// torch's.
+struct Scratch {
+    Memory host = {nullptr, std::free};
+    std::optional<Tensor> device;
+};
+
+inline Scratch scratch(fa_tensor *t, const Place &place = {})
 {
-    Memory memory = host_memory(static_cast<size_t>(bytes_of(*lse)));
-    lse->data = memory.get();
+    Scratch memory;
+    if (!place.on_cpu()) {
+        memory.device = allocate(t, 0, 4, place);
+        return memory;
+    }
+    memory.host = host_memory(static_cast<size_t>(bytes_of(*t)));
+    t->data = memory.host.get();
     return memory;
 }
 
@@ -339,22 +401,119 @@ inline void on_torch_threads(void *, int workers, void (*body)(void *ctx, int wo
     });
 }
 
-using PlanFn = void(const fa_args *, int, fa_plan *);
-using RunFn = fa_status(const fa_args *, const fa_plan *, const fa_exec *, fa_error *);
+// ---- validating --------------------------------------------------------------------------------------------------
 
-inline void plan_and_run(const fa_args &a, PlanFn *make_plan, RunFn *run)
+using ValidateFn = fa_status(const fa_args *, fa_error *);
+
+// The environment variable FLASHATTN_EXT_CHECK=1 has lengths and tables in a GPU's memory checked too, on a copy: the
+// call then waits for the GPU.
+inline bool checks_device_memory()
+{
+    const char *asked = std::getenv("FLASHATTN_EXT_CHECK");
+    return asked && *asked && *asked != '0';
+}
+
+inline void copy_to_host(fa_tensor *t, std::vector<char> *memory)
+{
+    size_t elements = 1;
+    for (int d = 0; d < 4; d++) {
+        if (t->size[d] == 0)
+            return;
+        elements += static_cast<size_t>((t->size[d] - 1) * t->stride[d]);
+    }
+    fa_error err;
+    memory->resize(elements * fa_dtype_size(t->dtype));
+    check(fa_cuda_read(memory->data(), t->data, memory->size(), &err), err);
+    t->data = memory->data();
+}
+
+// The call with its lengths, offsets and tables in host memory, where they are to be checked; else nothing.
+struct HostCopy {
+    fa_args a;
+    std::vector<char> memory[5];
+    std::vector<int64_t> lengths; // with what was appended
+};
+
+inline std::unique_ptr<HostCopy> host_copy(const fa_args &a)
+{
+    if (!a.device_memory || !checks_device_memory())
+        return nullptr;
+    auto copy = std::make_unique<HostCopy>(HostCopy{.a = a, .memory = {}, .lengths = {}});
+    fa_args &h = copy->a;
+    size_t used = 0;
+    for (fa_tensor *t : {&h.q_seqlens, &h.kv_seqlens, &h.cu_q, &h.cu_k, &h.block_table})
+        if (t->data)
+            copy_to_host(t, &copy->memory[used++]);
+    for (int64_t n = 0; a.kv_appended && n < h.kv_seqlens.size[0]; n++)
+        copy->lengths.push_back(index_at(h.kv_seqlens, n) + a.kv_appended);
+    if (!copy->lengths.empty())
+        h.kv_seqlens = {.data = copy->lengths.data(), .size = {h.kv_seqlens.size[0], 1, 1, 1}, .stride = {1, 0, 0, 0},
+                        .dtype = FA_I64};
+    h.device_memory = false;
+    return copy;
+}
+
+inline void validate(const fa_args &a, ValidateFn *function)
+{
+    fa_error err;
+    check(function(&a, &err), err);
+    if (const auto copy = host_copy(a))
+        check(function(&copy->a, &err), err);
+}
+
+// ---- planning and running ----------------------------------------------------------------------------------------
+
+enum Direction { FORWARD, BACKWARD };
+
+// torch's current stream. Looked up by name: the same library also serves a torch without CUDA.
+inline void *current_stream(int32_t device)
+{
+    using Function = AOTITorchError(int32_t, void **);
+    static Function *const function = [] {
+        void *library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        return reinterpret_cast<Function *>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+    }();
+    void *stream = nullptr;
+    if (!function)
+        refuse("this torch has no aoti_torch_get_current_cuda_stream: query must be on cpu");
+    STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+    return stream;
+}
+
+inline void plan_and_run_on_gpu(const fa_args &a, Direction direction)
 {
     fa_plan plan;
-    make_plan(&a, static_cast<int>(torch::stable::get_num_threads()), &plan);
+    (direction == FORWARD ? fa_cuda_plan_forward : fa_cuda_plan_backward)(&a, &plan);
+    fa_tensor bytes = {.data = nullptr, .size = {static_cast<int64_t>(plan.workspace)}, .stride = {1}, .dtype = FA_I8};
+    std::optional<Tensor> workspace;
+    if (plan.workspace)
+        workspace = allocate(&bytes, 0, 1, place_of(a));
+    const fa_exec exec = {.parallel = nullptr,
+                          .pool = nullptr,
+                          .workspace = bytes.data,
+                          .workspace_size = plan.workspace,
+                          .stream = current_stream(a.device)};
+    fa_error err;
+    check((direction == FORWARD ? fa_cuda_run_forward : fa_cuda_run_backward)(&a, &plan, &exec, &err), err);
+}
+
+inline void plan_and_run(const fa_args &a, Direction direction)
+{
+    if (a.device_memory)
+        return plan_and_run_on_gpu(a, direction);
+    fa_plan plan;
+    (direction == FORWARD ? fa_plan_forward : fa_plan_backward)(
+        &a, static_cast<int>(torch::stable::get_num_threads()), &plan);
     const Memory workspace = host_memory(plan.workspace);
     const fa_exec exec = {
         .parallel = plan.threads > 1 ? on_torch_threads : nullptr,
         .pool = nullptr,
         .workspace = workspace.get(),
         .workspace_size = plan.workspace,
+        .stream = nullptr,
     };
     fa_error err;
-    check(run(&a, &plan, &exec, &err), err);
+    check((direction == FORWARD ? fa_run_forward : fa_run_backward)(&a, &plan, &exec, &err), err);
 }
 
 } // namespace fa_torch

@@ -28,31 +28,31 @@ struct Step {
     int64_t window_left, window_right, num_splits;
 };
 
-void check_devices(const Cache &in)
+void check_devices(const Place &place, const Cache &in)
 {
-    require_cpu(in.k_cache, "k_cache");
-    require_cpu(in.v_cache, "v_cache");
-    require_cpu(in.seqlens, "cache_seqlens");
-    require_cpu(in.block_table, "block_table");
-    require_cpu(in.k_scale, "k_scale");
-    require_cpu(in.v_scale, "v_scale");
+    require_at(place, in.k_cache, "k_cache");
+    require_at(place, in.v_cache, "v_cache");
+    require_at(place, in.seqlens, "cache_seqlens");
+    require_at(place, in.block_table, "block_table");
+    require_at(place, in.k_scale, "k_scale");
+    require_at(place, in.v_scale, "v_scale");
 }
 
-void check_devices(const New &in)
+void check_devices(const Place &place, const New &in)
 {
-    require_cpu(in.k, "k_new");
-    require_cpu(in.v, "v_new");
-    require_cpu(in.cu_seqlens, "cu_seqlens");
-    require_cpu(in.rope_cos, "rope_cos");
-    require_cpu(in.rope_sin, "rope_sin");
+    require_at(place, in.k, "k_new");
+    require_at(place, in.v, "v_new");
+    require_at(place, in.cu_seqlens, "cu_seqlens");
+    require_at(place, in.rope_cos, "rope_cos");
+    require_at(place, in.rope_sin, "rope_sin");
 }
 
-void check_devices(const Step &in)
+void check_devices(const Place &place, const Step &in)
 {
-    require_cpu(in.query, "query");
-    require_cpu(in.tree_mask, "tree_mask");
-    require_cpu(in.sinks, "sinks");
-    require_cpu(in.alibi_slopes, "alibi_slopes");
+    require_at(place, in.query, "query");
+    require_at(place, in.tree_mask, "tree_mask");
+    require_at(place, in.sinks, "sinks");
+    require_at(place, in.alibi_slopes, "alibi_slopes");
 }
 
 bool is_per_token(const MaybeTensor &scale)
@@ -158,16 +158,42 @@ void plan_results(fa_args *a)
     if (!a->out.data)
         a->out = planned_rows({B, HQ, SQ, a->v.size[3]}, a->q.dtype);
     a->lse = planned({B, HQ, SQ, 1}, lse_dtype(a->q.dtype), fa_tensor{});
-    fa_error err;
-    check(fa_validate_forward(a, &err), err);
+    validate(*a, fa_validate_forward);
 }
 
-void append(const fa_append_args &a)
+fa_exec exec_at(const Place &place)
 {
-    const int threads = static_cast<int>(torch::stable::get_num_threads());
-    const fa_exec exec = {.parallel = on_torch_threads, .pool = nullptr, .workspace = nullptr, .workspace_size = 0};
+    return {.parallel = on_torch_threads,
+            .pool = nullptr,
+            .workspace = nullptr,
+            .workspace_size = 0,
+            .stream = place.on_cpu() ? nullptr : current_stream(place.index)};
+}
+
+void validate(const fa_append_args &a)
+{
     fa_error err;
-    check(fa_run_append(&a, threads, &exec, &err), err);
+    check(fa_validate_append(&a, &err), err);
+    if (!a.device_memory || !checks_device_memory())
+        return;
+    fa_append_args copy = a;
+    copy.device_memory = false;
+    std::vector<char> memory[3];
+    size_t used = 0;
+    for (fa_tensor *t : {&copy.cu_new, &copy.block_table, &copy.seqlens})
+        if (t->data)
+            copy_to_host(t, &memory[used++]);
+    check(fa_validate_append(&copy, &err), err);
+}
+
+void append(const fa_append_args &a, const Place &place)
+{
+    const fa_exec exec = exec_at(place);
+    fa_error err;
+    if (a.device_memory)
+        check(fa_cuda_run_append(&a, &exec, &err), err);
+    else
+        check(fa_run_append(&a, static_cast<int>(torch::stable::get_num_threads()), &exec, &err), err);
 }
 
 // ---- decode ------------------------------------------------------------------------------------------------------
@@ -181,12 +207,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor &query, const Tensor &k_cache, co
 {
     const Cache cache = {k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale};
     const Step step = {query, tree_mask, sinks, alibi_slopes, scale, softcap, window_left, window_right, num_splits};
-    check_devices(step);
-    check_devices(cache);
+    const Place place = place_of(query, "query");
+    check_devices(place, step);
+    check_devices(place, cache);
     fa_args a = args_of(cache, step);
+    put_at(place, &a);
     plan_results(&a);
-    Tensor out = allocate_rows(&a.out, false), lse = allocate(&a.lse, 0, 3);
-    plan_and_run(a, fa_plan_forward, fa_run_forward);
+    Tensor out = allocate_rows(&a.out, false, place), lse = allocate(&a.lse, 0, 3, place);
+    plan_and_run(a, FORWARD);
     return {out, lse};
 }
 
@@ -197,13 +225,15 @@ Tensor decode_plain(const Tensor &query, const Tensor &k_cache, const Tensor &v_
     const MaybeTensor none;
     const Cache cache = {k_cache, v_cache, cache_seqlens, block_table, none, none};
     const Step step = {query, none, none, none, scale, 0.0, -1, causal ? 0 : -1, 0};
-    check_devices(step);
-    check_devices(cache);
+    const Place place = place_of(query, "query");
+    check_devices(place, step);
+    check_devices(place, cache);
     fa_args a = args_of(cache, step);
+    put_at(place, &a);
     plan_results(&a);
-    Tensor out = allocate_rows(&a.out, false);
-    const Memory lse = scratch_lse(&a.lse);
-    plan_and_run(a, fa_plan_forward, fa_run_forward);
+    Tensor out = allocate_rows(&a.out, false, place);
+    const Scratch lse = scratch(&a.lse, place);
+    plan_and_run(a, FORWARD);
     return out;
 }
 
@@ -244,12 +274,16 @@ decode_append_(const Tensor &query, const Tensor &k_cache, const Tensor &v_cache
     const Cache cache = {k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale};
     const Step step = {query, tree_mask, sinks, alibi_slopes, scale, softcap, window_left, window_right, num_splits};
     const New fresh = {k_new, v_new, none, rope_cos, rope_sin, rope_interleaved};
-    check_devices(step);
-    check_devices(cache);
-    check_devices(fresh);
-    require_cpu(out, "out");
+    const Place place = place_of(query, "query");
+    check_devices(place, step);
+    check_devices(place, cache);
+    check_devices(place, fresh);
+    require_at(place, out, "out");
     fa_args a = args_of(cache, step);
     fa_append_args b = append_args_of(cache, fresh);
+    put_at(place, &a);
+    b.device_memory = a.device_memory;
+    b.device = a.device;
     check_new_tokens(b, step, fresh);
     const bool appends = k_new || v_new, turns = rope_cos || rope_sin;
     if (turns) {
@@ -257,24 +291,26 @@ decode_append_(const Tensor &query, const Tensor &k_cache, const Tensor &v_cache
         b.q_out = planned_rows({a.q.size[0], a.q.size[1], a.q.size[2], a.q.size[3]}, a.q.dtype);
     }
     std::unique_ptr<int64_t[]> lengths;
-    if (appends) {
-        fa_error err;
-        check(fa_validate_append(&b, &err), err);
+    if (appends)
+        validate(b);
+    if (appends && a.device_memory)
+        a.kv_appended = b.k_new.size[2];
+    else if (appends)
         lengths = lengths_after(b, &a.kv_seqlens);
-    }
     if (out)
         a.out = written(cache_view(*out, "out", "4-D (B, SQ, HQ, DV)"), *out);
     plan_results(&a);
 
-    Tensor result = out ? nothing(a.q.dtype) : allocate_rows(&a.out, false), lse = allocate(&a.lse, 0, 3);
-    const Memory turned = host_memory(turns ? bytes_of(a.q) : 0);
+    Tensor result = out ? nothing(a.q.dtype, place) : allocate_rows(&a.out, false, place);
+    Tensor lse = allocate(&a.lse, 0, 3, place);
+    Scratch turned;
     if (turns)
-        b.q_out.data = turned.get();
+        turned = scratch(&b.q_out, place);
     if (appends)
-        append(b);
+        append(b, place);
     if (turns)
         a.q = b.q_out;
-    plan_and_run(a, fa_plan_forward, fa_run_forward);
+    plan_and_run(a, FORWARD);
     return {result, lse};
 }
 
@@ -287,21 +323,23 @@ void cache_append_(const Tensor &k_cache, const Tensor &v_cache, const Tensor &c
     const MaybeTensor none, k = k_new, v = v_new;
     const Cache cache = {k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale};
     const New fresh = {k, v, cu_seqlens, none, none, false};
-    check_devices(cache);
-    check_devices(fresh);
-    const fa_append_args a = append_args_of(cache, fresh);
-    fa_error err;
-    check(fa_validate_append(&a, &err), err);
-    append(a);
+    const Place place = place_of(k_cache, "k_cache");
+    check_devices(place, cache);
+    check_devices(place, fresh);
+    fa_append_args a = append_args_of(cache, fresh);
+    a.device_memory = !place.on_cpu();
+    a.device = place.index;
+    validate(a);
+    append(a, place);
 }
 
 std::tuple<Tensor, Tensor> merge(const Tensor &out_a, const Tensor &lse_a, const Tensor &out_b, const Tensor &lse_b)
 {
     const char *out_shape = "4-D (B, H, S, DV)", *lse_shape = "3-D (B, H, S)";
-    require_cpu(out_a, "out_a");
-    require_cpu(lse_a, "lse_a");
-    require_cpu(out_b, "out_b");
-    require_cpu(lse_b, "lse_b");
+    const Place place = place_of(out_a, "out_a");
+    require_at(place, lse_a, "lse_a");
+    require_at(place, out_b, "out_b");
+    require_at(place, lse_b, "lse_b");
     fa_merge_args a = {};
     a.out_a = full_view(out_a, "out_a", out_shape);
     a.lse_a = view(lse_a, "lse_a", {0, 1, 2}, lse_shape);
@@ -311,10 +349,12 @@ std::tuple<Tensor, Tensor> merge(const Tensor &out_a, const Tensor &lse_a, const
     a.lse = planned({a.out.size[0], a.out.size[1], a.out.size[2], 1}, a.lse_a.dtype, fa_tensor{});
     fa_error err;
     check(fa_validate_merge(&a, &err), err);
-    Tensor out = allocate(&a.out), lse = allocate(&a.lse, 0, 3);
-    const int threads = static_cast<int>(torch::stable::get_num_threads());
-    const fa_exec exec = {.parallel = on_torch_threads, .pool = nullptr, .workspace = nullptr, .workspace_size = 0};
-    check(fa_run_merge(&a, threads, &exec, &err), err);
+    Tensor out = allocate(&a.out, 0, 4, place), lse = allocate(&a.lse, 0, 3, place);
+    const fa_exec exec = exec_at(place);
+    if (place.on_cpu())
+        check(fa_run_merge(&a, static_cast<int>(torch::stable::get_num_threads()), &exec, &err), err);
+    else
+        check(fa_cuda_run_merge(&a, place.index, &exec, &err), err);
     return {out, lse};
 }
 
@@ -346,7 +386,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CPU, m)
     m.impl("merge", TORCH_BOX(&merge));
 }
 
-// Where some tensor is on a GPU torch calls this key; the refusal then names the tensor and its device.
+// Also where only some tensor is on a GPU; a refusal then names the tensor and its device.
 STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CUDA, m)
 {
     m.impl("decode", TORCH_BOX(&decode));

@@ -28,8 +28,10 @@ namespace {
 
 py::list kernels()
 {
-    std::vector<fa_kernel_info> list(static_cast<size_t>(fa_kernels(nullptr, 0)));
-    fa_kernels(list.data(), static_cast<int>(list.size()));
+    const int cpu = fa_kernels(nullptr, 0), cuda = fa_cuda_kernels(nullptr, 0);
+    std::vector<fa_kernel_info> list(static_cast<size_t>(cpu + cuda));
+    fa_kernels(list.data(), cpu);
+    fa_cuda_kernels(list.data() + cpu, cuda);
     py::list result;
     for (const fa_kernel_info &k : list) {
         py::dict entry;
@@ -65,17 +67,23 @@ py::dict cpu_flags()
     return result;
 }
 
+void check_variable(const char *name, std::initializer_list<const char *> allowed, const char *words)
+{
+    const char *value = std::getenv(name);
+    if (!value)
+        return;
+    for (const char *word : allowed)
+        if (std::string(value) == word)
+            return;
+    throw py::value_error("the environment variable " + std::string(name) + " is '" + value + "': it must be " + words +
+                          ", or not set");
+}
+
 void refresh_cpu()
 {
-    const char *isa = std::getenv("FLASHATTN_EXT_ISA");
-    if (isa) {
-        bool known = false;
-        for (const char *allowed : {"scalar", "avx2", "avx512", "avx512bf16"})
-            known = known || std::string(isa) == allowed;
-        if (!known)
-            throw py::value_error("the environment variable FLASHATTN_EXT_ISA is '" + std::string(isa) +
-                                  "': it must be scalar, avx2, avx512 or avx512bf16, or not set");
-    }
+    check_variable("FLASHATTN_EXT_ISA", {"scalar", "avx2", "avx512", "avx512bf16"},
+                   "scalar, avx2, avx512 or avx512bf16");
+    check_variable("FLASHATTN_EXT_CUDA_ARCH", {"plain", "sm80", "sm90"}, "plain, sm80 or sm90");
     fa_cpu_refresh();
 }
 
@@ -175,6 +183,7 @@ const char *kind_name(fa_kernel_kind kind)
     case FA_KERNEL_SCALAR: return "scalar";
     case FA_KERNEL_PANEL: return "panel";
     case FA_KERNEL_ROWS: return "rows";
+    case FA_KERNEL_CUDA: return "cuda";
     }
     return "unknown";
 }
@@ -216,7 +225,7 @@ py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_
               int64_t SK, int64_t D, int64_t DV, int64_t window_left, int64_t window_right, bool bottom_right,
               double softcap, double dropout_p, const std::optional<std::string> &mask_dtype,
               const std::optional<std::array<int64_t, 4>> &mask_shape, bool has_sinks, bool has_alibi, int64_t needs,
-              int threads)
+              int threads, int device)
 {
     if (op != "forward" && op != "backward")
         throw py::value_error("op is '" + op + "': it must be forward or backward");
@@ -224,6 +233,8 @@ py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_
         throw py::value_error("threads is " + std::to_string(threads) + ": it must be at least 1");
     const fa_dtype t = dtype_named(dtype), lse = t == FA_F64 ? FA_F64 : FA_F32;
     fa_args a = {};
+    a.device_memory = device >= 0;
+    a.device = device;
     a.q = dense(B, HQ, SQ, D, t);
     a.k = dense(B, HK, SK, D, t);
     a.v = dense(B, HK, SK, DV, t);
@@ -247,7 +258,10 @@ py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_
     fa_plan p;
     if (op == "forward") {
         check(fa_validate_forward(&a, &err), err);
-        fa_plan_forward(&a, threads, &p);
+        if (a.device_memory)
+            fa_cuda_plan_forward(&a, &p);
+        else
+            fa_plan_forward(&a, threads, &p);
         return dict_of(p, a);
     }
     a.dout = a.out;
@@ -262,7 +276,10 @@ py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_
     if (needs & 16)
         a.dsinks = dense(1, HQ, 1, 1, lse);
     check(fa_validate_backward(&a, &err), err);
-    fa_plan_backward(&a, threads, &p);
+    if (a.device_memory)
+        fa_cuda_plan_backward(&a, &p);
+    else
+        fa_plan_backward(&a, threads, &p);
     return dict_of(p, a);
 }
 
@@ -281,10 +298,11 @@ PYBIND11_MODULE(_C, m)
           "threads"_a = py::none());
     m.def("plan", &plan,
           "The plan of a call on dense tensors: the fields of fa_plan (csrc/fa.h; sizes in bytes, flops and bytes of "
-          "one call) and its report. mask_shape None = (B, HQ, SQ, SK); needs: bits of the op `backward`. "
+          "one call) and its report. mask_shape None = (B, HQ, SQ, SK); needs: bits of the op `backward`; "
+          "device: of the GPU, or -1 for the CPU. "
           "RuntimeError or ValueError as the call itself would.",
           "op"_a, "dtype"_a, "B"_a, "HQ"_a, "HK"_a, "SQ"_a, "SK"_a, "D"_a, "DV"_a, py::kw_only(), "window_left"_a = -1,
           "window_right"_a = -1, "bottom_right"_a = false, "softcap"_a = 0.0, "dropout_p"_a = 0.0,
           "mask_dtype"_a = py::none(), "mask_shape"_a = py::none(), "has_sinks"_a = false, "has_alibi"_a = false,
-          "needs"_a = 7, "threads"_a);
+          "needs"_a = 7, "threads"_a, "device"_a = -1);
 }

@@ -26,19 +26,22 @@ fa_tensor mask_view(const MaybeTensor &t)
     return t ? broadcast(full_view(*t, "attn_mask", "4-D, each size full or 1 against (B, HQ, SQ, SK)")) : fa_tensor{};
 }
 
-void check_devices(const Inputs &in)
+Place check_devices(const Inputs &in)
 {
-    const int32_t q = device_type(in.query);
-    if (q != device_type(in.key) || q != device_type(in.value))
+    const auto same = [&](const Tensor &t) {
+        return device_type(t) == device_type(in.query) && t.get_device_index() == in.query.get_device_index();
+    };
+    if (!same(in.key) || !same(in.value))
         refuse("query, key and value must be on the same device, got query on " + device_name(in.query) + ", key on " +
                device_name(in.key) + " and value on " + device_name(in.value));
-    require_cpu(in.query, "query");
-    require_cpu(in.attn_mask, "attn_mask");
-    require_cpu(in.sinks, "sinks");
-    require_cpu(in.alibi_slopes, "alibi_slopes");
-    require_cpu(in.q_seqlens, "q_seqlens");
-    require_cpu(in.kv_seqlens, "kv_seqlens");
+    const Place place = place_of(in.query, "query");
+    require_at(place, in.attn_mask, "attn_mask");
+    require_at(place, in.sinks, "sinks");
+    require_at(place, in.alibi_slopes, "alibi_slopes");
+    require_at(place, in.q_seqlens, "q_seqlens");
+    require_at(place, in.kv_seqlens, "kv_seqlens");
     require_cpu(in.dropout_seed, "dropout_seed");
+    return place;
 }
 
 void require_known_dtypes(const Inputs &in)
@@ -51,9 +54,10 @@ void require_known_dtypes(const Inputs &in)
 
 fa_args args_of(const Inputs &in)
 {
-    check_devices(in);
+    const Place place = check_devices(in);
     require_known_dtypes(in);
     fa_args a = {};
+    put_at(place, &a);
     a.q = full_view(in.query, "query", "4-D (B, HQ, SQ, D)");
     a.k = full_view(in.key, "key", "4-D (B, HK, SK, D)");
     a.v = full_view(in.value, "value", "4-D (B, HK, SK, DV)");
@@ -79,8 +83,7 @@ void plan_results(fa_args *a)
     const int64_t B = a->q.size[0], HQ = a->q.size[1], SQ = a->q.size[2], DV = a->v.size[3];
     a->out = planned({B, HQ, SQ, DV}, a->q.dtype, a->q);
     a->lse = planned({B, HQ, SQ, 1}, lse_dtype(a->q.dtype), fa_tensor{});
-    fa_error err;
-    check(fa_validate_forward(a, &err), err);
+    validate(*a, fa_validate_forward);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor &query, const Tensor &key, const Tensor &value,
@@ -93,8 +96,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor &query, const Tensor &key, const
     fa_args a = args_of({query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, dropout_seed, scale,
                          softcap, window_left, window_right, bottom_right, dropout_p});
     plan_results(&a);
-    Tensor out = allocate(&a.out), lse = allocate(&a.lse, 0, 3);
-    plan_and_run(a, fa_plan_forward, fa_run_forward);
+    const Place place = place_of(a);
+    Tensor out = allocate(&a.out, 0, 4, place), lse = allocate(&a.lse, 0, 3, place);
+    plan_and_run(a, FORWARD);
     return {out, lse};
 }
 
@@ -106,9 +110,9 @@ Tensor forward_plain(const Tensor &query, const Tensor &key, const Tensor &value
     fa_args a = args_of({query, key, value, none, none, none, none, none, none, scale, 0.0, -1, is_causal ? 0 : -1,
                          false, 0.0});
     plan_results(&a);
-    Tensor out = allocate(&a.out);
-    const Memory lse = scratch_lse(&a.lse);
-    plan_and_run(a, fa_plan_forward, fa_run_forward);
+    Tensor out = allocate(&a.out, 0, 4, place_of(a));
+    const Scratch lse = scratch(&a.lse, place_of(a));
+    plan_and_run(a, FORWARD);
     return out;
 }
 
@@ -150,27 +154,28 @@ backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tensor &quer
                        kv_seqlens, dropout_seed,  scale,        softcap,   window_left, window_right,
                        bottom_right, dropout_p};
     fa_args a = args_of(in);
-    require_cpu(grad_out, "grad_out");
-    require_cpu(grad_lse, "grad_lse");
-    require_cpu(out, "out");
-    require_cpu(lse, "lse");
+    const Place place = place_of(a);
+    require_at(place, grad_out, "grad_out");
+    require_at(place, grad_lse, "grad_lse");
+    require_at(place, out, "out");
+    require_at(place, lse, "lse");
     a.out = full_view(out, "out", "4-D (B, HQ, SQ, DV)");
     a.lse = rows_view(lse, "lse");
     a.dout = full_view(grad_out, "grad_out", "4-D (B, HQ, SQ, DV)");
     a.dlse = grad_lse ? rows_view(*grad_lse, "grad_lse") : fa_tensor{};
     plan_gradients(&a, in, needs);
-    fa_error err;
-    check(fa_validate_backward(&a, &err), err);
+    validate(a, fa_validate_backward);
 
-    Tensor dq = a.dq.data ? allocate(&a.dq) : nothing(a.q.dtype);
-    Tensor dk = a.dk.data ? allocate(&a.dk) : nothing(a.k.dtype);
-    Tensor dv = a.dv.data ? allocate(&a.dv) : nothing(a.v.dtype);
-    Tensor dmask = a.dmask.data ? allocate(&a.dmask) : nothing(attn_mask ? a.mask.dtype : a.q.dtype);
+    Tensor dq = a.dq.data ? allocate(&a.dq, 0, 4, place) : nothing(a.q.dtype, place);
+    Tensor dk = a.dk.data ? allocate(&a.dk, 0, 4, place) : nothing(a.k.dtype, place);
+    Tensor dv = a.dv.data ? allocate(&a.dv, 0, 4, place) : nothing(a.v.dtype, place);
+    Tensor dmask = a.dmask.data ? allocate(&a.dmask, 0, 4, place)
+                                : nothing(attn_mask ? a.mask.dtype : a.q.dtype, place);
     const int sinks_dim = sinks ? static_cast<int>(sinks->dim()) : 0;
-    Tensor dsinks = a.dsinks.data ? allocate(&a.dsinks, 2 - sinks_dim, sinks_dim)
-                                  : nothing(sinks ? a.sinks.dtype : a.q.dtype);
+    Tensor dsinks = a.dsinks.data ? allocate(&a.dsinks, 2 - sinks_dim, sinks_dim, place)
+                                  : nothing(sinks ? a.sinks.dtype : a.q.dtype, place);
     if (needs)
-        plan_and_run(a, fa_plan_backward, fa_run_backward);
+        plan_and_run(a, BACKWARD);
     if (a.dsinks.data && a.dsinks.dtype != a.sinks.dtype)
         dsinks = torch::stable::to(dsinks, sinks->scalar_type());
     return {dq, dk, dv, dmask, dsinks};
@@ -198,7 +203,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CPU, m)
     m.impl("backward", TORCH_BOX(&backward));
 }
 
-// Where some tensor is on a GPU torch calls this key; the refusal then names the tensor and its device.
+// Also where only some tensor is on a GPU; a refusal then names the tensor and its device.
 STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CUDA, m)
 {
     m.impl("forward", TORCH_BOX(&forward));

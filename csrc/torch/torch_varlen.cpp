@@ -20,18 +20,19 @@ struct Packed {
     int64_t num_splits;
 };
 
-void check_devices(const Packed &in)
+Place check_devices(const Packed &in)
 {
-    require_cpu(in.query, "query");
-    require_cpu(in.key, "key");
-    require_cpu(in.value, "value");
-    require_cpu(in.cu_seq_q, "cu_seq_q");
-    require_cpu(in.cu_seq_k, "cu_seq_k");
-    require_cpu(in.seqused_k, "seqused_k");
-    require_cpu(in.block_table, "block_table");
-    require_cpu(in.sinks, "sinks");
-    require_cpu(in.alibi_slopes, "alibi_slopes");
+    const Place place = place_of(in.query, "query");
+    require_at(place, in.key, "key");
+    require_at(place, in.value, "value");
+    require_at(place, in.cu_seq_q, "cu_seq_q");
+    require_at(place, in.cu_seq_k, "cu_seq_k");
+    require_at(place, in.seqused_k, "seqused_k");
+    require_at(place, in.block_table, "block_table");
+    require_at(place, in.sinks, "sinks");
+    require_at(place, in.alibi_slopes, "alibi_slopes");
     require_cpu(in.dropout_seed, "dropout_seed");
+    return place;
 }
 
 fa_tensor offsets_view(const MaybeTensor &t, const char *name)
@@ -41,8 +42,9 @@ fa_tensor offsets_view(const MaybeTensor &t, const char *name)
 
 fa_args args_of(const Packed &in)
 {
-    check_devices(in);
+    const Place place = check_devices(in);
     fa_args a = {};
+    put_at(place, &a);
     a.by_sequence = true;
     a.bottom_right = true;
     a.q = packed_view(in.query, "query", "3-D (T, HQ, D)");
@@ -75,6 +77,11 @@ fa_args args_of(const Packed &in)
 // The longest sequence that the caller announced; the lengths themselves have been validated.
 void check_longest(const fa_args &a, const Packed &in)
 {
+    if (a.device_memory) {
+        if (const auto copy = host_copy(a))
+            check_longest(copy->a, in);
+        return;
+    }
     const auto between = [](const fa_tensor &cu, int64_t n) {
         return index_at(cu, n + 1) - index_at(cu, n);
     };
@@ -105,11 +112,11 @@ std::tuple<Tensor, Tensor> varlen_forward(const Tensor &query, const Tensor &key
     const int64_t HQ = a.q.size[1], T = a.q.size[2];
     a.out = planned_rows({1, HQ, T, a.v.size[3]}, a.q.dtype);
     a.lse = planned({1, HQ, T, 1}, lse_dtype(a.q.dtype), fa_tensor{});
-    fa_error err;
-    check(fa_validate_forward(&a, &err), err);
+    validate(a, fa_validate_forward);
     check_longest(a, in);
-    Tensor out = allocate_rows(&a.out, true), lse = allocate(&a.lse, 1, 2);
-    plan_and_run(a, fa_plan_forward, fa_run_forward);
+    const Place place = place_of(a);
+    Tensor out = allocate_rows(&a.out, true, place), lse = allocate(&a.lse, 1, 2, place);
+    plan_and_run(a, FORWARD);
     return {out, lse};
 }
 
@@ -152,27 +159,27 @@ varlen_backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tenso
     const Packed in = {query, key, value, cu_seq_q, offsets_k, none, none, sinks, alibi_slopes,
                        dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, 0};
     fa_args a = args_of(in);
-    require_cpu(grad_out, "grad_out");
-    require_cpu(grad_lse, "grad_lse");
-    require_cpu(out, "out");
-    require_cpu(lse, "lse");
+    const Place place = place_of(a);
+    require_at(place, grad_out, "grad_out");
+    require_at(place, grad_lse, "grad_lse");
+    require_at(place, out, "out");
+    require_at(place, lse, "lse");
     a.out = packed_view(out, "out", "3-D (T, HQ, DV)");
     a.lse = packed_lse_view(lse, "lse");
     a.dout = packed_view(grad_out, "grad_out", "3-D (T, HQ, DV)");
     a.dlse = grad_lse ? packed_lse_view(*grad_lse, "grad_lse") : fa_tensor{};
     plan_gradients(&a, sinks, needs);
-    fa_error err;
-    check(fa_validate_backward(&a, &err), err);
+    validate(a, fa_validate_backward);
     check_longest(a, in);
 
-    Tensor dq = a.dq.data ? allocate_rows(&a.dq, true) : nothing(a.q.dtype);
-    Tensor dk = a.dk.data ? allocate_rows(&a.dk, true) : nothing(a.k.dtype);
-    Tensor dv = a.dv.data ? allocate_rows(&a.dv, true) : nothing(a.v.dtype);
+    Tensor dq = a.dq.data ? allocate_rows(&a.dq, true, place) : nothing(a.q.dtype, place);
+    Tensor dk = a.dk.data ? allocate_rows(&a.dk, true, place) : nothing(a.k.dtype, place);
+    Tensor dv = a.dv.data ? allocate_rows(&a.dv, true, place) : nothing(a.v.dtype, place);
     const int sinks_dim = sinks ? static_cast<int>(sinks->dim()) : 0;
-    Tensor dsinks = a.dsinks.data ? allocate(&a.dsinks, 2 - sinks_dim, sinks_dim)
-                                  : nothing(sinks ? a.sinks.dtype : a.q.dtype);
+    Tensor dsinks = a.dsinks.data ? allocate(&a.dsinks, 2 - sinks_dim, sinks_dim, place)
+                                  : nothing(sinks ? a.sinks.dtype : a.q.dtype, place);
     if (needs)
-        plan_and_run(a, fa_plan_backward, fa_run_backward);
+        plan_and_run(a, BACKWARD);
     if (a.dsinks.data && a.dsinks.dtype != a.sinks.dtype)
         dsinks = torch::stable::to(dsinks, sinks->scalar_type());
     return {dq, dk, dv, dsinks};
@@ -199,7 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CPU, m)
     m.impl("varlen_backward", TORCH_BOX(&varlen_backward));
 }
 
-// Where some tensor is on a GPU torch calls this key; the refusal then names the tensor and its device.
+// Also where only some tensor is on a GPU; a refusal then names the tensor and its device.
 STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CUDA, m)
 {
     m.impl("varlen_forward", TORCH_BOX(&varlen_forward));

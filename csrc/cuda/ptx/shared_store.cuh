@@ -1,0 +1,23 @@
+/* Stores from registers to shared memory in the layout of the matrix instructions, and what makes them visible to wgmma
+ * and the copy engine (PTX ISA, "stmatrix", "Async proxy"). */
+#ifndef FA_PTX_SHARED_STORE_CUH
+#define FA_PTX_SHARED_STORE_CUH
+
+#include "mbarrier.cuh"
+
+/* Four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 and holds, of each
+ * matrix, columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4: the accumulator layout of wgmma. */
+__device__ __forceinline__ void fa_stmatrix_x4(uint32_t address, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(w0),
+                 "r"(w1), "r"(w2), "r"(w3)
+                 : "memory");
+}
+
+/* In every thread that stored, before the barrier that the reader waits for. */
+__device__ __forceinline__ void fa_fence_shared_async(void)
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#endif

@@ -1,0 +1,25 @@
+/* Bulk tensor copies (TMA): one thread moves a box of a tensor, described by a tensor map, to shared memory. What lies
+ * outside the tensor arrives as zeros (PTX ISA, "cp.async.bulk.tensor"). */
+#ifndef FA_PTX_TMA_CUH
+#define FA_PTX_TMA_CUH
+
+#include <cuda.h> /* CUtensorMap; nothing of libcuda is linked */
+
+#include "mbarrier.cuh"
+
+__device__ __forceinline__ void fa_tma_prefetch_map(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* Coordinates from the innermost dimension outwards, in elements; the bytes of the whole box are counted on bar. */
+__device__ __forceinline__ void fa_tma_load_4d(void *to, const CUtensorMap *map, uint64_t *bar, int32_t x0, int32_t x1,
+                                               int32_t x2, int32_t x3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(fa_shared_address(to)),
+                 "l"(map), "r"(fa_shared_address(bar)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+}
+
+#endif

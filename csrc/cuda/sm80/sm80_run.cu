@@ -1,0 +1,185 @@
+/* The families of sm_80: what they can run, their plans, and the launches of a call. */
+#include "sm80.cuh"
+
+static const int DIMS[] = {64, 128, 256, 512};
+
+struct entry {
+    const char *name;
+    fa_sm80_launch *launch;
+};
+
+#define ENTRIES(op, type)                                                                                              \
+    {{"fa_" #op "_sm80_" #type "_hd64", fa_##op##_sm80_##type##_hd64},                                                 \
+     {"fa_" #op "_sm80_" #type "_hd128", fa_##op##_sm80_##type##_hd128},                                               \
+     {"fa_" #op "_sm80_" #type "_hd256", fa_##op##_sm80_##type##_hd256},                                               \
+     {"fa_" #op "_sm80_" #type "_hd512", fa_##op##_sm80_##type##_hd512}}
+
+static const entry FORWARD[3][4] = {ENTRIES(fwd, f32), ENTRIES(fwd, bf16), ENTRIES(fwd, f16)};
+static const entry BACKWARD[3][4] = {ENTRIES(bwd, f32), ENTRIES(bwd, bf16), ENTRIES(bwd, f16)};
+
+bool fa_runs_on_sm80(int major)
+{
+    return major >= 8;
+}
+
+static bool kernel_of(const entry (&table)[3][4], int i, fa_kernel_info *info)
+{
+    if (i >= 12)
+        return false;
+    info->name = table[i / 4][i % 4].name;
+    info->dtype = (fa_dtype)(i / 4); /* f32, bf16, f16: the first of fa_dtype */
+    return true;
+}
+
+static fa_sm80_tile tile_of(const fa_args *a, bool backward)
+{
+    int dp = DIMS[fa_sm80_dim(a)];
+    return backward ? fa_bwd_tile(dp, a->q.dtype == FA_F32) : fa_fwd_tile(dp, a->q.dtype == FA_F32);
+}
+
+static bool fits(const fa_args *a, int device, bool backward)
+{
+    if (a->q.dtype == FA_F64)
+        return false;
+    size_t esize = fa_dtype_size(a->q.dtype);
+    fa_sm80_tile t = tile_of(a, backward);
+    return (backward ? fa_bwd_bytes(t, esize) : fa_fwd_bytes(t, esize)) <= fa_cuda_shared_limit(device);
+}
+
+static fa_sm80_params params_of(const fa_args *a)
+{
+    fa_sm80_params p = {};
+    p.a = *a;
+    p.vectors = fa_sm80_vectors(a);
+    return p;
+}
+
+static void plan_tiles(const fa_args *a, bool backward, fa_plan *p)
+{
+    fa_sm80_tile t = tile_of(a, backward);
+    p->block_rows = 16 * t.warps;
+    p->block_keys = t.cols;
+    p->panels = fa_ceil_div(a->q.size[2], p->block_rows);
+    p->threads = 32 * t.warps;
+    p->thread_bytes = (backward ? fa_bwd_bytes : fa_fwd_bytes)(t, fa_dtype_size(a->q.dtype));
+}
+
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
+
+static bool can_forward(const fa_args *a, int device)
+{
+    return fits(a, device, false);
+}
+
+/* Keys are split where the tiles leave most of a GPU idle; by the shape alone, so that results are the same on every
+ * GPU. A sequence that is planned alone has parts of one size, whatever room lies behind its keys: parts without a key
+ * change no bit. */
+static void plan_splits(const fa_args *a, int64_t blocks, fa_plan *p)
+{
+    enum { BLOCKS = 264, KEYS_LEAST = 256, KEYS_ALONE = 512 };
+    const int64_t sk = a->page_size ? a->block_table.size[1] * a->page_size : a->k.size[2];
+    const int64_t alone = a->by_sequence ? blocks / fa_max64(a->q.size[0], 1) : blocks;
+    int64_t keys = fa_max64(sk, 1);
+    if (a->splits_wanted > 0)
+        keys = fa_ceil_div(keys, a->splits_wanted);
+    else if (a->by_sequence && !a->cu_q.data && 2 * alone <= BLOCKS)
+        keys = KEYS_ALONE;
+    else if (!a->by_sequence && alone > 0)
+        keys = fa_ceil_div(keys, fa_max64(1, fa_min64(BLOCKS / alone, sk / KEYS_LEAST)));
+    p->split_keys = fa_round_up(keys, p->block_keys);
+    p->splits = fa_max64(1, fa_ceil_div(sk, p->split_keys));
+    if (a->splits_wanted > 0) /* the kernel cuts each sequence by its own length */
+        p->splits = fa_max64(1, fa_min64(a->splits_wanted, fa_ceil_div(sk, p->block_keys)));
+}
+
+static void plan_forward(const fa_args *a, int device, fa_plan *p)
+{
+    (void)device;
+    p->kernel = FORWARD[a->q.dtype][fa_sm80_dim(a)].name;
+    plan_tiles(a, false, p);
+    int64_t blocks = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], p->block_rows) * a->q.size[1];
+    plan_splits(a, blocks, p);
+    p->tasks = blocks * p->splits;
+    if (p->splits > 1)
+        p->shared_bytes = (size_t)(p->splits * a->q.size[0] * a->q.size[1] * a->q.size[2] *
+                                   fa_partial_floats(a->v.size[3])) * 4;
+    p->why = "tensor cores by mma.sync, a tile of queries to a block, K and V streamed";
+    p->why_splits = p->splits > 1 ? "too few tiles to fill a GPU: the keys are split" : "the keys stay whole";
+}
+
+static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
+                                fa_error *err)
+{
+    fa_sm80_params p = params_of(a);
+    p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
+    p.splits = plan->splits;
+    p.split_keys = plan->split_keys;
+    p.partial = (float *)workspace;
+    const entry *e = &FORWARD[a->q.dtype][fa_sm80_dim(a)];
+    fa_status status = e->launch(e->name, FA_PASS_FWD, p, plan->tasks, stream, err);
+    if (!status && plan->splits > 1)
+        status = fa_combine_launch(a, plan, (const float *)workspace, stream, err);
+    return status;
+}
+
+static bool forward_kernel(int i, fa_kernel_info *info)
+{
+    return kernel_of(FORWARD, i, info);
+}
+
+extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", fa_runs_on_sm80, forward_kernel, can_forward,
+                                               plan_forward, launch_forward};
+
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
+
+static bool can_backward(const fa_args *a, int device)
+{
+    return fits(a, device, true);
+}
+
+static void plan_backward(const fa_args *a, int device, fa_plan *p)
+{
+    (void)device;
+    p->kernel = BACKWARD[a->q.dtype][fa_sm80_dim(a)].name;
+    plan_tiles(a, true, p);
+    p->splits = 1;
+    p->split_keys = a->k.size[2];
+    p->tasks = fa_tile_slots(&a->cu_k, a->k.size[0], a->k.size[2], p->block_rows) * a->k.size[1];
+    p->shared_bytes = fa_bwd_rows_bytes(a);
+    p->why = "tensor cores by mma.sync; dK and dV by tiles of keys, then dQ by tiles of queries";
+    p->why_splits = "no two blocks add to one element";
+}
+
+static int64_t dmask_blocks(const fa_args *a, const fa_plan *plan)
+{
+    const int64_t *m = a->mask.size;
+    return m[0] * m[1] * fa_ceil_div(m[2], plan->block_rows) * fa_ceil_div(m[3], plan->block_keys);
+}
+
+static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
+                                 fa_error *err)
+{
+    fa_sm80_params p = params_of(a);
+    p.lse2 = (const float *)workspace;
+    p.delta = (const float *)((char *)workspace + fa_bwd_rows_bytes(a) / 2);
+    const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
+    fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
+    if (!status && (a->dk.data || a->dv.data))
+        status = e->launch(e->name, FA_PASS_DKV, p, plan->tasks, stream, err);
+    p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
+    if (!status && a->dq.data)
+        status = e->launch(e->name, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
+    if (!status && a->dmask.data)
+        status = e->launch(e->name, FA_PASS_DMASK, p, dmask_blocks(a, plan), stream, err);
+    if (!status && a->dsinks.data)
+        status = fa_dsinks_launch(a, workspace, stream, err);
+    return status;
+}
+
+static bool backward_kernel(int i, fa_kernel_info *info)
+{
+    return kernel_of(BACKWARD, i, info);
+}
+
+extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", fa_runs_on_sm80, backward_kernel, can_backward,
+                                               plan_backward, launch_backward};

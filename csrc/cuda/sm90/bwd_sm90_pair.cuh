@@ -1,0 +1,119 @@
+/* Consumers of the Hopper backward kernel, BN = 128: each of two warpgroups has 64 keys. */
+#ifndef FA_BWD_SM90_PAIR_CUH
+#define FA_BWD_SM90_PAIR_CUH
+
+#include "bwd_sm90_tile.cuh"
+
+/* From P of step t to dS, in w. */
+template <class C>
+__device__ __forceinline__ void fa_pair_gradient(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t,
+                                                 float (&dp)[C::BM / 2], uint32_t (&w)[C::BM / 4],
+                                                 fa_gradient<C::DV> &dv)
+{
+    fa_start_value_scores<C>(sh, c, dp, t);
+    fa_start_values<C>(c, t, w, dv);
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(dp);
+    dv.hold();
+    fa_score_gradient<C>(dp, w, sh.delta[fa_stage_of(t)]);
+    fa_round<C>(w, dp);
+}
+
+/* dK from dS of step t in shared memory, which this warpgroup has written: w is free for the next P. */
+template <class C>
+__device__ __forceinline__ void fa_start_keys_shared(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t,
+                                                     fa_gradient<C::D> &dk)
+{
+    uint64_t ds = fa_wgmma_descriptor_64(sh.ds[fa_stage_of(t)], 0) + c.row * (128 / 16);
+    uint64_t q = c.q_n + fa_q_stage<C>(fa_stage_of(t));
+    fa_bar_sync(FA_BAR_PAIR + c.row / 64, FA_WARPGROUP);
+    dk.hold();
+    fa_wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++)
+        fa_wgmma<typename C::T, C::D>::template ss<0, 1>(dk.part[0], ds + i / 4 * (C::BN * 128 / 16) + i % 4 * 2,
+                                                         q + i * (16 * 128 / 16), 1);
+    fa_wgmma_commit();
+}
+
+/* From dS of step t, in w, to P of step t + 1. */
+template <class C>
+__device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                             const fa_bwd_keys<C> &c, int t, int key0, float (&s)[C::BM / 2],
+                                             uint32_t (&w)[C::BM / 4], fa_gradient<C::D> &dk)
+{
+    fa_start_scores<C>(sh, c, s, t + 1);
+    if constexpr (C::KEYS_FROM_SHARED) {
+        fa_hand_over_ds<C>(sh, t, w, c.row);
+        fa_start_keys_shared<C>(sh, c, t, dk);
+        fa_wgmma_wait<1>();
+        fa_weights<C>(p, sh, t + 1, key0, s);
+        fa_round<C>(w, s);
+        fa_settle(w);
+        fa_wgmma_wait<0>();
+        dk.hold();
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+    } else {
+        fa_start_keys<C>(c, t, w, dk);
+        fa_hand_over_ds<C>(sh, t, w, c.row);
+        fa_wgmma_wait<0>();
+        dk.hold();
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+        fa_weights<C>(p, sh, t + 1, key0, s);
+        fa_round<C>(w, s);
+    }
+}
+
+/* All steps. s holds S, P, dP and dS in turn, w holds P and then dS, rounded. Time runs downwards; the other warpgroup
+ * does the same at times of its own, and dQ runs beside both:
+ *
+ *   tensor cores       this warpgroup
+ *   dP t, dV t         wait for both
+ *                      dS = P o (dP - delta), rounded
+ *   S t+1              dS to shared memory for dQ; wait for S t+1
+ *   dK t               P = exp2(S), rounded; wait for dK t; hand back the stage of t
+ *
+ * Without KEYS_FROM_SHARED dK t takes dS from registers that P of the next step needs: it is waited for with S t+1. */
+template <class C>
+__device__ __forceinline__ void fa_pair_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                              const fa_bwd_keys<C> &c, int key0, int steps, fa_gradient<C::D> &dk,
+                                              fa_gradient<C::DV> &dv)
+{
+    uint32_t w[C::BM / 4];
+    float s[C::BM / 2];
+    int t = 0;
+    fa_start_scores<C>(sh, c, s, 0);
+    fa_wgmma_wait<0>();
+    fa_weights<C>(p, sh, 0, key0, s);
+    fa_round<C>(w, s);
+    for (; t < steps - 1; t++) {
+        fa_pair_gradient<C>(sh, c, t, s, w, dv);
+        fa_pair_next<C>(p, sh, c, t, key0, s, w, dk);
+    }
+    fa_pair_gradient<C>(sh, c, t, s, w, dv);
+    fa_start_keys<C>(c, t, w, dk);
+    fa_hand_over_ds<C>(sh, t, w, c.row);
+    fa_wgmma_wait<0>();
+    dk.hold();
+}
+
+template <class C>
+__device__ __forceinline__ void fa_consume_pair(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                const fa_bwd_unit &u, int row)
+{
+    fa_bwd_keys<C> c = fa_keys_of<C>(sh, row);
+    int key0 = u.walk.n * C::BN + row;
+    fa_gradient<C::D> dk;
+    fa_gradient<C::DV> dv;
+    dk.clear();
+    dv.clear();
+    if (u.steps > 0) {
+        fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
+        fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
+        fa_pair_steps<C>(p, sh, c, key0, u.steps, dk, dv);
+    }
+    fa_store_gradient<C, C::DV>(p.dv, u, dv, 1.f, key0, p.SK, p.DV);
+    fa_store_gradient<C, C::D>(p.dk, u, dk, p.scale, key0, p.SK, p.D);
+}
+
+#endif

@@ -1,0 +1,42 @@
+/* What the Hopper backward kernels are handed, and in which order thread blocks add to dQ. */
+#ifndef FA_BWD_SM90_PARAMS_H
+#define FA_BWD_SM90_PARAMS_H
+
+#include <cuda.h>
+#include <stdint.h>
+
+typedef struct fa_bwd_sm90_view {
+    void *data;
+    int64_t batch, head, row; /* strides in elements; the last is 1 */
+} fa_bwd_sm90_view;
+
+/* Letters: m a block of BM queries, 0 .. q_blocks - 1; n a block of BN keys, 0 .. k_blocks - 1.
+ * Thread block n walks over query blocks; the sum of dQ m takes key blocks one after the other. Walk and sum fit
+ * together when every m meets its n in the order in which, at equal speed, they get there, some steps apart:
+ *   ROTATE  every n sees every m. Key blocks are cut into rings, one after the other in the sum. The i-th of a ring of
+ *           r starts at ceil(i q_blocks / r) and goes up, round the end to the start. The sum takes first the one that
+ *           starts at or before m, then the one below, .. round.
+ *   UP      later queries see more keys: n starts at its first m, on the diagonal. The sum takes descending n.
+ *   DOWN    n starts at its last m. The sum takes ascending n.
+ * DOWN waits only for thread blocks that were started earlier. The other two need a whole ring, or head, at work at the
+ * same time, and are chosen only where the device holds so many. */
+enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN };
+
+/* Query i sees the keys i + lo_shift <= j < i + hi_shift of 0 .. SK - 1. */
+typedef struct fa_bwd_sm90_params {
+    CUtensorMap q_map, k_map, v_map, dout_map; /* dimensions (D, S, H, B) */
+    int32_t q_steps[2], k_steps[2], v_steps[2], dout_steps[2]; /* per head and batch: 0 where the stride is 0 */
+    fa_bwd_sm90_view out, dout, lse, dlse; /* bwd_pre; lse and dlse fp32, dlse.data may be NULL */
+    fa_bwd_sm90_view dq, dk, dv;           /* data NULL: not wanted */
+    float *row_lse, *row_delta; /* (B, HQ, q_blocks * BM): lse * log2 e, +inf where nothing is seen; delta */
+    float *dq_sum;              /* (B, HQ, q_blocks, BM / 64, D / 8, 128, 4) fp32,
+        as the accumulators lie in a warpgroup */
+    uint32_t *turn;             /* (B, HQ, q_blocks): key blocks that have added to this block of dQ */
+    int32_t B, HQ, HK, group, SQ, SK, D, DV;
+    int32_t q_blocks, k_blocks, BM, BN;
+    int32_t order, ring, heads_together; /* key blocks in a ring; heads whose thread blocks start in turn */
+    int32_t lo_shift, hi_shift;
+    float scale, scale_log2; /* scale, scale * log2 e */
+} fa_bwd_sm90_params;
+
+#endif

@@ -1,0 +1,140 @@
+/* What the roles of the Hopper backward kernel share: sizes, shared memory, barriers, the steps of a thread block. */
+#ifndef FA_BWD_SM90_SHARED_CUH
+#define FA_BWD_SM90_SHARED_CUH
+
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/warpgroup.cuh"
+#include "../ptx/wgmma.cuh"
+#include "bwd_sm90_walk.cuh"
+
+/* T: element; head dimensions D and DV, multiples of 64; blocks of BM queries and BN keys.
+ * BN = 128: two warpgroups of 64 keys, each with all of S, P, dP, dS, dV and dK of its keys.
+ * BN = 64: one warpgroup has S, P and dV, the other dP, dS and dK; P goes from one to the other. */
+template <typename T_, int D_, int DV_, int BM_, int BN_> struct fa_bwd_sm90_config {
+    using T = T_;
+    static constexpr int D = D_, DV = DV_, BM = BM_, BN = BN_;
+    static constexpr bool SPLIT = BN == 64;
+    static constexpr bool KEYS_FROM_SHARED = D > 64;
+    static constexpr int STAGES = 2;               /* blocks of Q and of dO in flight */
+    static constexpr int PARTS = BM / 64 * D / 64; /* of 64 x 64 in a block of dQ */
+    static constexpr int THREADS = 4 * FA_WARPGROUP;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 208, DQ_REGISTERS = 72;
+};
+
+enum { FA_WARPGROUP_PRODUCER, FA_WARPGROUP_FIRST, FA_WARPGROUP_SECOND, FA_WARPGROUP_DQ };
+enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL }; /* of the producer warpgroup */
+
+enum { FA_BAR_PAIR = 1 }; /* named barriers FA_BAR_PAIR + 0, 1: a warpgroup of the pair */
+
+/* A full barrier says that something may be read, an empty one that it may be overwritten. Of two stages each where
+ * a _1 follows. */
+enum fa_bwd_bar {
+    FA_BAR_K_FULL,
+    FA_BAR_V_FULL,
+    FA_BAR_Q_FULL, FA_BAR_Q_FULL_1,   /* Q and lse of a stage */
+    FA_BAR_DO_FULL, FA_BAR_DO_FULL_1, /* dO and delta */
+    FA_BAR_EMPTY, FA_BAR_EMPTY_1,     /* all four */
+    FA_BAR_DS_FULL, FA_BAR_DS_FULL_1,
+    FA_BAR_DS_EMPTY, FA_BAR_DS_EMPTY_1,
+    FA_BAR_P_FULL, FA_BAR_P_FULL_1, /* SPLIT only */
+    FA_BAR_P_EMPTY, FA_BAR_P_EMPTY_1,
+    FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
+    FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
+    FA_BARS
+};
+
+struct fa_dq_target {
+    float *sum; /* block of dq_sum */
+    int first;  /* nothing was added to it yet */
+};
+
+/* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. ds: rows are keys, columns queries. */
+template <class C> struct fa_bwd_sm90_shared {
+    alignas(1024) typename C::T k[C::BN * C::D];
+    alignas(1024) typename C::T v[C::BN * C::DV];
+    alignas(1024) typename C::T q[C::STAGES][C::BM * C::D];
+    alignas(1024) typename C::T dout[C::STAGES][C::BM * C::DV];
+    alignas(1024) typename C::T ds[2][C::BM * C::BN];
+    /* P, SPLIT only: [stage][i][thread] holds registers 4 i .. 4 i + 3 */
+    alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][FA_WARPGROUP];
+    alignas(16) float lse[C::STAGES][C::BM];
+    alignas(16) float delta[C::STAGES][C::BM];
+    int query[C::STAGES];    /* first query of the block in this stage */
+    fa_dq_target dq;         /* where the next dQ goes */
+    int signalled;           /* steps whose dQ other thread blocks can see */
+    uint64_t bar[FA_BARS];
+};
+
+/* What a thread block works on. */
+struct fa_bwd_unit {
+    int b, hk; /* batch, key head */
+    fa_walk walk;
+    int steps; /* query blocks, all heads of the group */
+};
+
+/* Thread blocks in the order in which they start: sets of `heads_together` heads; in a set, the first `ring` key blocks
+ * of each head, the next of each, ... */
+template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const fa_bwd_sm90_params &p)
+{
+    int heads = p.B * p.HK, set = blockIdx.x / (p.heads_together * p.k_blocks), first = set * p.heads_together;
+    int at = blockIdx.x - first * p.k_blocks, members = min(p.heads_together, heads - first);
+    int ring0 = at / (members * p.ring) * p.ring, size = min(p.ring, p.k_blocks - ring0);
+    at -= members * ring0;
+    int head = first + at / size;
+    fa_bwd_unit u;
+    u.b = head / p.HK;
+    u.hk = head - u.b * p.HK;
+    u.walk = fa_walk_of(p, ring0 + at % size, ring0, size, C::BM, C::BN);
+    u.steps = p.group * fa_walk_steps(u.walk);
+    return u;
+}
+
+/* The query blocks of a unit one by one: for each head of the group, the walk. */
+struct fa_bwd_step {
+    int t;        /* 0 .. unit.steps - 1 */
+    int head, m;  /* query head, query block */
+    int start;
+};
+
+__device__ __forceinline__ fa_bwd_step fa_first_step(const fa_bwd_sm90_params &p, const fa_bwd_unit &u)
+{
+    fa_bwd_step s = {0, u.hk * p.group, 0, 0};
+    s.m = s.start = fa_walk_start(p, u.walk);
+    return s;
+}
+
+__device__ __forceinline__ void fa_next_step(const fa_bwd_sm90_params &p, const fa_bwd_unit &u, fa_bwd_step &s)
+{
+    s.t++;
+    s.m = fa_walk_next(p, u.walk, s.m);
+    if (s.m == s.start)
+        s.head++;
+}
+
+/* Block m of a head among all blocks of queries. */
+__device__ __forceinline__ int64_t fa_query_block(const fa_bwd_sm90_params &p, const fa_bwd_unit &u,
+                                                  const fa_bwd_step &s)
+{
+    return ((int64_t)u.b * p.HQ + s.head) * p.q_blocks + s.m;
+}
+
+/* Step t uses stage t % 2 of what has two stages, for the (t / 2)-th time. */
+__device__ __forceinline__ int fa_stage_of(int t)
+{
+    return t & 1;
+}
+
+__device__ __forceinline__ uint32_t fa_parity_of(int t)
+{
+    return t >> 1 & 1;
+}
+
+/* One of every warp arrives for its warp. */
+__device__ __forceinline__ void fa_warp_arrive(uint64_t *bar)
+{
+    __syncwarp();
+    if (threadIdx.x % FA_WARP == 0)
+        fa_mbar_arrive(bar);
+}
+
+#endif

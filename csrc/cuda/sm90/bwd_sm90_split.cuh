@@ -1,0 +1,143 @@
+/* Consumers of the Hopper backward kernel, BN = 64: one warpgroup for P and dV, one for dS and dK. */
+#ifndef FA_BWD_SM90_SPLIT_CUH
+#define FA_BWD_SM90_SPLIT_CUH
+
+#include "bwd_sm90_tile.cuh"
+
+/* P from one warpgroup to the other; a thread reads what the thread of the same place wrote. */
+template <class C>
+__device__ __forceinline__ void fa_give_weights(fa_bwd_sm90_shared<C> &sh, int t, const uint32_t (&w)[C::BM / 4])
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_P_EMPTY + stage], fa_parity_of(t) ^ 1);
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++)
+        sh.p[stage][i][threadIdx.x % FA_WARPGROUP] = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+    fa_warp_arrive(&sh.bar[FA_BAR_P_FULL + stage]);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_take_weights(fa_bwd_sm90_shared<C> &sh, int t, uint32_t (&w)[C::BM / 4])
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_P_FULL + stage], fa_parity_of(t));
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++) {
+        uint4 x = sh.p[stage][i][threadIdx.x % FA_WARPGROUP];
+        w[4 * i] = x.x;
+        w[4 * i + 1] = x.y;
+        w[4 * i + 2] = x.z;
+        w[4 * i + 3] = x.w;
+    }
+}
+
+/* P and dV. Time runs downwards:
+ *
+ *   tensor cores       this warpgroup
+ *   S t+1              wait for S t+1
+ *   dV t               P = exp2(S); wait for dV t; hand back the stage of t; round P, give it to the other warpgroup
+ */
+template <class C>
+__device__ __forceinline__ void fa_values_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                const fa_bwd_keys<C> &c,
+                                                int key0, int steps, fa_gradient<C::DV> &dv)
+{
+    uint32_t w[C::BM / 4];
+    float s[C::BM / 2];
+    int t = 0;
+    fa_start_scores<C>(sh, c, s, 0);
+    fa_wgmma_wait<0>();
+    fa_weights<C>(p, sh, 0, key0, s);
+    fa_round<C>(w, s);
+    fa_give_weights<C>(sh, 0, w);
+    for (; t < steps - 1; t++) {
+        fa_start_scores<C>(sh, c, s, t + 1);
+        fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
+        fa_start_values<C>(c, t, w, dv);
+        fa_wgmma_wait<0>();
+        dv.hold();
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+        fa_weights<C>(p, sh, t + 1, key0, s);
+        fa_round<C>(w, s);
+        fa_give_weights<C>(sh, t + 1, w);
+    }
+    fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
+    fa_start_values<C>(c, t, w, dv);
+    fa_wgmma_wait<0>();
+    dv.hold();
+}
+
+/* dP of step t becomes dS. */
+template <class C>
+__device__ __forceinline__ void fa_split_gradient(fa_bwd_sm90_shared<C> &sh, int t, float (&dp)[C::BM / 2])
+{
+    uint32_t weights[C::BM / 4];
+    fa_take_weights<C>(sh, t, weights);
+    fa_wgmma_hold(dp);
+    fa_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)]);
+    fa_warp_arrive(&sh.bar[FA_BAR_P_EMPTY + fa_stage_of(t)]);
+}
+
+/* dS and dK. Time runs downwards:
+ *
+ *   tensor cores       this warpgroup
+ *   dP t+1             dS t to shared memory for dQ; wait for dP t+1
+ *   dK t               dS = P o (dP - delta); wait for dK t; hand back the stage of t; round dS
+ */
+template <class C>
+__device__ __forceinline__ void fa_gradient_steps(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int steps,
+                                                  fa_gradient<C::D> &dk)
+{
+    uint32_t w[C::BM / 4];
+    float dp[C::BM / 2];
+    int t = 0;
+    fa_start_value_scores<C>(sh, c, dp, 0);
+    fa_wgmma_wait<0>();
+    fa_split_gradient<C>(sh, 0, dp);
+    fa_round<C>(w, dp);
+    for (; t < steps - 1; t++) {
+        fa_start_value_scores<C>(sh, c, dp, t + 1);
+        fa_start_keys<C>(c, t, w, dk);
+        fa_hand_over_ds<C>(sh, t, w, 0);
+        fa_wgmma_wait<0>();
+        dk.hold();
+        fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
+        fa_split_gradient<C>(sh, t + 1, dp);
+        fa_round<C>(w, dp);
+    }
+    fa_start_keys<C>(c, t, w, dk);
+    fa_hand_over_ds<C>(sh, t, w, 0);
+    fa_wgmma_wait<0>();
+    dk.hold();
+}
+
+template <class C>
+__device__ __forceinline__ void fa_consume_for_values(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                      const fa_bwd_unit &u)
+{
+    fa_bwd_keys<C> c = fa_keys_of<C>(sh, 0);
+    int key0 = u.walk.n * C::BN;
+    fa_gradient<C::DV> dv;
+    dv.clear();
+    if (u.steps > 0) {
+        fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
+        fa_values_steps<C>(p, sh, c, key0, u.steps, dv);
+    }
+    fa_store_gradient<C, C::DV>(p.dv, u, dv, 1.f, key0, p.SK, p.DV);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_consume_for_keys(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                    const fa_bwd_unit &u)
+{
+    fa_bwd_keys<C> c = fa_keys_of<C>(sh, 0);
+    fa_gradient<C::D> dk;
+    dk.clear();
+    if (u.steps > 0) {
+        fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
+        fa_gradient_steps<C>(sh, c, u.steps, dk);
+    }
+    fa_store_gradient<C, C::D>(p.dk, u, dk, p.scale, u.walk.n * C::BN, p.SK, p.D);
+}
+
+#endif

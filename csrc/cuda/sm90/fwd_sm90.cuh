@@ -1,0 +1,425 @@
+/* Forward attention on Hopper: TMA loads by one warp, products by wgmma, softmax in registers.
+ *
+ *   O = softmax(scale Q K^T) V       one tile: BM = 64 * WGS queries of one head against blocks of BN keys
+ *
+ * Online softmax (Milakov and Gimelshein, 2018) with blocks of keys taken from the last to the first; the pipeline of
+ * two products that overlap with the softmax, and warpgroups that take turns, follow Shah et al., "FlashAttention-3",
+ * 2024. The maximum in use is left alone while it grows by less than 2^RESCALE: all terms stay exact, since numerator
+ * and denominator use the same one, and the accumulator needs no product.
+ */
+#ifndef FA_FWD_SM90_CUH
+#define FA_FWD_SM90_CUH
+
+#include "../ptx/math.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/warpgroup.cuh"
+#include "../ptx/wgmma.cuh"
+#include "../tile/softmax.cuh"
+#include "../tile/store_rows.cuh"
+#include "fwd_sm90_params.h"
+
+/* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
+ * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
+ * is passed. */
+template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_> struct fa_fwd_sm90_config {
+    using T = T_;
+    static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
+    static constexpr int BM = 64 * WGS;
+    static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
+    static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32;
+    static constexpr int CONSUMER_REGISTERS = WGS == 2 ? 240 : 160;
+};
+
+/* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. Q: one block of 64 rows for each warpgroup. */
+template <class C> struct fa_fwd_sm90_shared {
+    alignas(1024) typename C::T q[C::WGS][64 * C::D];
+    alignas(1024) typename C::T k[C::STAGES][C::BN * C::D];
+    alignas(1024) typename C::T v[C::STAGES][C::BN * C::DV];
+    uint64_t q_full[C::WGS], q_empty[C::WGS];
+    uint64_t k_full[C::STAGES], k_empty[C::STAGES];
+    uint64_t v_full[C::STAGES], v_empty[C::STAGES];
+};
+
+enum { FA_BAR_TURN = 1 }; /* named barriers FA_BAR_TURN + warpgroup */
+
+/* ---- work ------------------------------------------------------------------------------------------------------ */
+
+struct fa_tile {
+    int b, h, row;          /* batch, query head, first query */
+    int block_lo, block_hi; /* blocks of BN keys that some query sees; one, of hidden keys, where there is none */
+};
+
+/* Part `part` of piece of work `unit`. Neighbouring thread blocks share a head, whose K and V so stay in the
+ * second-level cache. Where later queries see more keys, a piece is two tiles of a head, the i-th from the end and then
+ * the i-th: all pieces take the same time. Loops over units and parts have bounds that are the same for all threads;
+ * only so does the assembler keep stages, addresses and descriptors in uniform registers. */
+template <class C> __device__ __forceinline__ fa_tile fa_tile_at(const fa_fwd_sm90_params &p, int unit, int part)
+{
+    int pieces = (p.tiles + p.parts - 1) / p.parts;
+    int low = unit % pieces, head = unit / pieces;
+    bool alone = 2 * low + 1 == p.tiles; /* the middle tile has no partner: its part 1 lies behind the last query */
+    fa_tile t;
+    t.b = head / p.HQ;
+    t.h = head % p.HQ;
+    t.row = (part == 0 ? p.tiles - 1 - low : alone ? p.tiles : low) * C::BM;
+    int last = min(t.row + C::BM, p.SQ) - 1;
+    int key_lo = max(0, t.row + p.lo_shift), key_hi = t.row < p.SQ ? min(p.SK, last + p.hi_shift) : 0;
+    t.block_lo = key_lo / C::BN;
+    t.block_hi = max((key_hi + C::BN - 1) / C::BN, t.block_lo + 1);
+    return t;
+}
+
+/* ---- producer: one thread starts every copy -------------------------------------------------------------------- */
+
+/* Block `i` of the copies of this kernel goes to stage i % STAGES, in its round i / STAGES. */
+template <class C> struct fa_stage {
+    int index = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next(void)
+    {
+        if (++index == C::STAGES) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/* Rows first .. first + ROWS - 1 of one head, COLUMNS wide, in panels of 64 columns. */
+template <int ROWS, int COLUMNS, typename T>
+__device__ __forceinline__ void fa_load_rows(T *to, const CUtensorMap *map, uint64_t *bar, int first, int head,
+                                             int batch)
+{
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c += 64)
+        fa_tma_load_4d(to + c * ROWS, map, bar, c, first, head, batch);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_load_queries(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+                                                uint32_t &parity)
+{
+#pragma unroll
+    for (int w = 0; w < C::WGS; w++) {
+        fa_mbar_wait(&s.q_empty[w], parity ^ 1);
+        fa_mbar_expect(&s.q_full[w], sizeof(s.q[w]));
+        fa_load_rows<64, C::D>(s.q[w], &p.q_map, &s.q_full[w], t.row + 64 * w, t.h * p.q_steps[0], t.b * p.q_steps[1]);
+    }
+    parity ^= 1;
+}
+
+template <class C>
+__device__ __forceinline__ void fa_load_keys(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+                                             int block, fa_stage<C> &ks)
+{
+    fa_mbar_wait(&s.k_empty[ks.index], ks.parity ^ 1);
+    fa_mbar_expect(&s.k_full[ks.index], sizeof(s.k[0]));
+    fa_load_rows<C::BN, C::D>(s.k[ks.index], &p.k_map, &s.k_full[ks.index], block * C::BN, t.h / p.group * p.k_steps[0],
+                              t.b * p.k_steps[1]);
+    ks.next();
+}
+
+template <class C>
+__device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+                                               int block, fa_stage<C> &vs)
+{
+    fa_mbar_wait(&s.v_empty[vs.index], vs.parity ^ 1);
+    fa_mbar_expect(&s.v_full[vs.index], sizeof(s.v[0]));
+    fa_load_rows<C::BN, C::DV>(s.v[vs.index], &p.v_map, &s.v_full[vs.index], block * C::BN,
+                               t.h / p.group * p.v_steps[0], t.b * p.v_steps[1]);
+    vs.next();
+}
+
+/* The order in which consumers need them, over all blocks of all tiles: K of a block, then V of the block before. Q of
+ * a tile comes last among the copies for its first block, since its place is free last. */
+template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
+{
+    fa_stage<C> ks, vs;
+    uint32_t q_parity = 0;
+    fa_tile before = {};
+    int block_before = -1; /* there is none */
+    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+        for (int part = 0; part < p.parts; part++) {
+            fa_tile t = fa_tile_at<C>(p, unit, part);
+            for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
+                fa_load_keys<C>(p, s, t, block, ks);
+                if (block_before >= 0)
+                    fa_load_values<C>(p, s, before, block_before, vs);
+                if (block == t.block_hi - 1)
+                    fa_load_queries<C>(p, s, t, q_parity);
+                before = t;
+                block_before = block;
+            }
+        }
+    }
+    fa_load_values<C>(p, s, before, block_before, vs);
+}
+
+/* ---- consumers: 64 queries each -------------------------------------------------------------------------------- */
+
+/* S (64, BN) = Q K^T */
+template <class C> __device__ __forceinline__ void fa_issue_qk(float (&s)[C::BN / 2], uint32_t q, uint32_t k)
+{
+#pragma unroll
+    for (int i = 0; i < C::D / 16; i++) {
+        int panel = i / 4, within = i % 4 * 2; /* 16 columns are 32 bytes */
+        fa_wgmma<typename C::T, C::BN>::template ss<0, 0>(s, q + panel * (64 * 128 / 16) + within,
+                                                          k + panel * (C::BN * 128 / 16) + within, i > 0);
+    }
+}
+
+/* O (64, DV) += P V over the keys 16 First .. 16 Last - 1 of the block */
+template <class C, int First, int Last>
+__device__ __forceinline__ void fa_issue_pv(float (&o)[C::DV / 2], const uint32_t (&p)[C::BN / 4], uint32_t v)
+{
+#pragma unroll
+    for (int i = First; i < Last; i++)
+        fa_wgmma<typename C::T, C::DV>::template rs<1>(o, &p[4 * i], v + i * (16 * 128 / 16), 1);
+}
+
+template <class C> struct fa_consumer {
+    int warpgroup;
+    fa_stage<C> ks, vs;
+    uint32_t q_parity = 0;
+    uint32_t q_desc, k_desc, v_desc; /* of stage 0 */
+};
+
+/* One of every warp says that its warp is done. */
+__device__ __forceinline__ void fa_release(uint64_t *bar)
+{
+    if (threadIdx.x % FA_WARP == 0)
+        fa_mbar_arrive(bar);
+}
+
+/* Done with K of a block and, after the last block of a tile, with Q. */
+template <class C>
+__device__ __forceinline__ void fa_release_keys(fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, bool last)
+{
+    fa_release(&sh.k_empty[c.ks.index]);
+    c.ks.next();
+    if (last) {
+        fa_release(&sh.q_empty[c.warpgroup]);
+        c.q_parity ^= 1;
+    }
+}
+
+template <class C> __device__ __forceinline__ void fa_turn_wait(const fa_consumer<C> &c)
+{
+    fa_bar_sync(FA_BAR_TURN + c.warpgroup, 2 * FA_WARPGROUP);
+}
+
+template <class C> __device__ __forceinline__ void fa_turn_pass(const fa_consumer<C> &c)
+{
+    fa_bar_arrive(FA_BAR_TURN + (c.warpgroup + 1 == C::WGS ? 0 : c.warpgroup + 1), 2 * FA_WARPGROUP);
+}
+
+/* Hides keys in one block of scores, if any is hidden from any of these 64 queries. */
+template <class C>
+__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_params &p, float (&s)[C::BN / 2], int row, int key)
+{
+    bool all = key >= row + 63 + p.lo_shift && key + C::BN <= min(p.SK, row + p.hi_shift);
+    if (!all)
+        fa_hide_keys<C::BN>(s, row, key, p.SK, p.lo_shift, p.hi_shift);
+}
+
+template <class C> __device__ __forceinline__ uint32_t fa_k_at(const fa_consumer<C> &c)
+{
+    return c.k_desc + c.ks.index * (C::BN * C::D * 2 / 16);
+}
+
+template <class C> __device__ __forceinline__ uint32_t fa_v_at(const fa_consumer<C> &c)
+{
+    return c.v_desc + c.vs.index * (C::BN * C::DV * 2 / 16);
+}
+
+/* The first block of all: there is no product with V to overlap with. */
+template <class C>
+__device__ __forceinline__ void fa_first_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh,
+                                               fa_consumer<C> &c, const fa_tile &t, float (&s)[C::BN / 2],
+                                               uint32_t (&w)[C::BN / 4], fa_rows &r)
+{
+    int block = t.block_hi - 1;
+    fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
+    fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
+    fa_wgmma_hold(s);
+    fa_wgmma_fence();
+    fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
+    fa_wgmma_commit();
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(s);
+    fa_release_keys(sh, c, block == t.block_lo);
+    fa_mask_block<C>(p, s, t.row + 64 * c.warpgroup, block * C::BN);
+    fa_rows_start(r);
+    fa_softmax_block<C::BN>(s, r, p.scale_log2);
+    fa_pack_weights<typename C::T, C::BN>(w, s);
+}
+
+/* Has a sum of weights, which is never negative, decide about an arrival: the assembler then cannot move the softmax
+ * behind the wait that follows, where it would no longer run beside the products. */
+__device__ __forceinline__ void fa_order_before_wait(float sum, uint64_t *bar)
+{
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.lt.f32 p, %0, 0f00000000;\n\t"
+                 "@p mbarrier.arrive.shared::cta.b64 _, [%1];\n\t}" ::"f"(sum),
+                 "r"(fa_shared_address(bar))
+                 : "memory");
+}
+
+/* Rows of a tile that is done; O is zero for the next. */
+template <class C>
+__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, const fa_tile &t, int row,
+                                              float (&o)[C::DV / 2], const fa_rows &r)
+{
+    typename C::T *out = (typename C::T *)p.out.data + t.b * p.out.batch + t.h * p.out.head;
+    float *lse = p.lse + ((int64_t)t.b * p.HQ + t.h) * p.SQ;
+    fa_rows_out f = fa_finish_rows(r, p.scale_log2);
+    fa_store_lse(lse, f, row, p.SQ);
+    fa_store_rows<typename C::T, C::DV>(out, p.out.row, o, f, row, p.SQ, p.DV);
+#pragma unroll
+    for (int i = 0; i < C::DV / 2; i++)
+        o[i] = 0.f;
+}
+
+/* Every further block, of the same tile or the first of the next, `done` being the tile of the block before. Time runs
+ * downwards; the other warpgroup does the same half a step later:
+ *
+ *   tensor cores          this warpgroup
+ *   S j   = Q K_j^T       wait for K j and for its turn; issue S j and O; pass the turn
+ *   O    += P_j+1 V_j+1   wait for S j; mask, maximum, exp2, row sums of S j
+ *   (other warpgroup)     wait for O; round P_j; scale O where a maximum grew, or store O of the tile that is done
+ */
+template <class C>
+__device__ __forceinline__ void fa_next_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c,
+                                              const fa_tile &t, int block, const fa_tile &done, float (&s)[C::BN / 2],
+                                              uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2], fa_rows &r)
+{
+    bool fresh = block == t.block_hi - 1;
+    fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
+    if (fresh)
+        fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
+    fa_turn_wait(c);
+    fa_wgmma_hold(s);
+    fa_wgmma_hold(o);
+    fa_wgmma_hold(w);
+    fa_wgmma_fence();
+    fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
+    fa_wgmma_commit();
+    fa_mbar_wait(&sh.v_full[c.vs.index], c.vs.parity);
+    fa_wgmma_fence();
+    fa_issue_pv<C, 0, C::BN / 16 - C::EARLY>(o, w, fa_v_at(c));
+    fa_turn_pass(c);
+    fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
+    fa_wgmma_commit();
+    fa_wgmma_wait<1>();
+    fa_wgmma_hold(s);
+    fa_release_keys(sh, c, block == t.block_lo);
+    fa_mask_block<C>(p, s, t.row + 64 * c.warpgroup, block * C::BN);
+    fa_rows old = r;
+    if (fresh)
+        fa_rows_start(r);
+    fa_softmax_block<C::BN>(s, r, p.scale_log2);
+    fa_wgmma_hold(s);
+    fa_order_before_wait(r.l[0] + r.l[1], &sh.q_empty[0]);
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(o);
+    fa_wgmma_hold(w);
+    fa_release(&sh.v_empty[c.vs.index]);
+    c.vs.next();
+    fa_pack_weights<typename C::T, C::BN>(w, s);
+    if (fresh)
+        fa_store_tile<C>(p, done, done.row + 64 * c.warpgroup, o, old);
+    else
+        fa_rescale_rows<C::DV>(o, r);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_last_product(fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, uint32_t (&w)[C::BN / 4],
+                                                float (&o)[C::DV / 2])
+{
+    fa_mbar_wait(&sh.v_full[c.vs.index], c.vs.parity);
+    fa_wgmma_hold(o);
+    fa_wgmma_hold(w);
+    fa_wgmma_fence();
+    fa_issue_pv<C, 0, C::BN / 16>(o, w, fa_v_at(c));
+    fa_wgmma_commit();
+    fa_wgmma_wait<0>();
+    fa_wgmma_hold(o);
+}
+
+/* All blocks of all tiles of this thread block are one pipeline: a tile ends while scores of the next are computed. */
+template <class C>
+__device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, int warpgroup)
+{
+    fa_consumer<C> c;
+    c.warpgroup = warpgroup;
+    c.q_desc = fa_wgmma_descriptor(sh.q[warpgroup], 0);
+    c.k_desc = fa_wgmma_descriptor(sh.k[0], 0);
+    c.v_desc = fa_wgmma_descriptor(sh.v[0], C::BN * 128);
+    if (warpgroup == C::WGS - 1)
+        fa_turn_pass(c); /* the first turn is warpgroup 0's */
+    float s[C::BN / 2], o[C::DV / 2] = {};
+    uint32_t w[C::BN / 4];
+    fa_rows r;
+    fa_tile done = {};
+    bool first = true;
+    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+        for (int part = 0; part < p.parts; part++) {
+            fa_tile t = fa_tile_at<C>(p, unit, part);
+            for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
+                if (first)
+                    fa_first_block<C>(p, sh, c, t, s, w, r);
+                else
+                    fa_next_block<C>(p, sh, c, t, block, done, s, w, o, r);
+                first = false;
+            }
+            done = t;
+        }
+    }
+    fa_last_product<C>(sh, c, w, o);
+    fa_store_tile<C>(p, done, done.row + 64 * warpgroup, o, r);
+}
+
+/* ---- kernel ---------------------------------------------------------------------------------------------------- */
+
+template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_shared<C> &s)
+{
+    constexpr int consumers = C::WGS * FA_WARPGROUP / FA_WARP; /* one arrival for each warp */
+#pragma unroll
+    for (int i = 0; i < C::WGS; i++) {
+        fa_mbar_init(&s.q_full[i], 1);
+        fa_mbar_init(&s.q_empty[i], consumers / C::WGS);
+    }
+#pragma unroll
+    for (int i = 0; i < C::STAGES; i++) {
+        fa_mbar_init(&s.k_full[i], 1);
+        fa_mbar_init(&s.v_full[i], 1);
+        fa_mbar_init(&s.k_empty[i], consumers);
+        fa_mbar_init(&s.v_empty[i], consumers);
+    }
+    fa_mbar_fence_init();
+}
+
+/* Persistent: at most one block for each multiprocessor. Warpgroup 0 loads, the others compute. */
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) fa_fwd_sm90_kernel(const __grid_constant__ fa_fwd_sm90_params p)
+{
+    extern __shared__ __align__(1024) unsigned char raw[];
+    fa_fwd_sm90_shared<C> &s = *(fa_fwd_sm90_shared<C> *)raw;
+    int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / FA_WARPGROUP, 0);
+    if (threadIdx.x == 0) {
+        fa_tma_prefetch_map(&p.q_map);
+        fa_tma_prefetch_map(&p.k_map);
+        fa_tma_prefetch_map(&p.v_map);
+        fa_init_barriers(s);
+    }
+    __syncthreads();
+    if (warpgroup == 0) {
+        fa_registers_shrink<C::PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0)
+            fa_produce<C>(p, s);
+    } else {
+        fa_registers_grow<C::CONSUMER_REGISTERS>();
+        fa_consume<C>(p, s, warpgroup - 1);
+    }
+}
+
+#endif

@@ -1,0 +1,137 @@
+/* Online softmax over blocks of scores in the accumulator layout of wgmma (ptx/wgmma.cuh): each thread holds two rows,
+ * and the four threads of a quad share them.
+ *
+ * A row keeps a reference m and the sum l of 2^(c (s - m)) over its keys, c = scale * log2 e. Any m gives the same
+ * quotient; m must only be near enough to the maximum for the terms not to overflow. So m follows the maximum only
+ * when the terms would exceed 2^FA_RESCALE_LOG2, and in most blocks nothing has to be multiplied. */
+#ifndef FA_TILE_SOFTMAX_CUH
+#define FA_TILE_SOFTMAX_CUH
+
+#include <math_constants.h>
+
+#include "../ptx/math.cuh"
+
+#ifndef FA_RESCALE_LOG2
+#define FA_RESCALE_LOG2 8.f
+#endif
+
+struct fa_rows {
+    float m[2];      /* -inf: the row has seen no key */
+    float l[2];      /* of this thread's columns only */
+    float factor[2]; /* what the last block multiplied the sums by */
+    bool grown;      /* whether any factor of the warp is not 1 */
+};
+
+__device__ __forceinline__ void fa_rows_start(fa_rows &r)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        r.m[i] = -CUDART_INF_F;
+        r.l[i] = 0.f;
+    }
+}
+
+__device__ __forceinline__ float fa_quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+__device__ __forceinline__ float fa_quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+/* Scores of keys that a row does not see become -inf. Row i sees i + lo_shift <= j < i + hi_shift and j < keys. */
+template <int BN>
+__device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int key, int keys, int lo_shift, int hi_shift)
+{
+    int lane = threadIdx.x % FA_WARP, warp = threadIdx.x / FA_WARP % 4;
+    int first = row + 16 * warp + lane / 4, column = key + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int lo = first + 8 * i + lo_shift - column, hi = min(keys, first + 8 * i + hi_shift) - column;
+#pragma unroll
+        for (int c = 0; c < BN / 8; c++) {
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                int j = 8 * c + x;
+                float &at = s[4 * c + 2 * i + x];
+                at = j >= lo && j < hi ? at : -CUDART_INF_F;
+            }
+        }
+    }
+}
+
+/* s becomes the weights of the block's keys; m, l, factor and grown are brought up to date. */
+template <int BN> __device__ __forceinline__ void fa_softmax_block(float (&s)[BN / 2], fa_rows &r, float c)
+{
+    float base[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float top = s[2 * i];
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++)
+            top = fmaxf(top, fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
+        top = fmaxf(r.m[i], fa_quad_max(top));
+        bool grow = (top - r.m[i]) * c > FA_RESCALE_LOG2; /* false for a row that still sees nothing: NaN */
+        r.factor[i] = grow ? fa_exp2((r.m[i] - top) * c) : 1.f;
+        r.m[i] = grow ? top : r.m[i];
+        base[i] = r.m[i] == -CUDART_INF_F ? 0.f : -r.m[i] * c;
+    }
+    r.grown = __any_sync(0xffffffff, r.factor[0] != 1.f || r.factor[1] != 1.f);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float sum = 0.f;
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++) {
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                float &at = s[4 * j + 2 * i + x];
+                at = fa_exp2(fmaf(at, c, base[i]));
+                sum += at;
+            }
+        }
+        r.l[i] = fmaf(r.l[i], r.factor[i], sum);
+    }
+}
+
+/* Weights rounded to T, as the A operand of the product with V. */
+template <typename T, int BN>
+__device__ __forceinline__ void fa_pack_weights(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
+{
+#pragma unroll
+    for (int i = 0; i < BN / 4; i++)
+        w[i] = fa_pack<T>(s[2 * i], s[2 * i + 1]);
+}
+
+template <int DV> __device__ __forceinline__ void fa_rescale_rows(float (&o)[DV / 2], const fa_rows &r)
+{
+    if (r.grown) {
+#pragma unroll
+        for (int i = 0; i < DV / 2; i++)
+            o[i] *= r.factor[i / 2 % 2];
+    }
+}
+
+struct fa_rows_out {
+    float factor[2]; /* of the accumulator: 1 / sum */
+    float lse[2];    /* in nats */
+    bool empty[2];   /* sees nothing: output 0, lse -inf */
+};
+
+__device__ __forceinline__ fa_rows_out fa_finish_rows(const fa_rows &r, float c)
+{
+    fa_rows_out f;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float sum = fa_quad_sum(r.l[i]);
+        f.empty[i] = r.m[i] == -CUDART_INF_F && sum == 0.f;
+        f.factor[i] = fa_reciprocal(sum);
+        f.lse[i] = f.empty[i] ? -CUDART_INF_F : (r.m[i] * c + fa_log2(sum)) * 0.693147180559945f;
+    }
+    return f;
+}
+
+#endif

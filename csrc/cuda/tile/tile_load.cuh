@@ -1,0 +1,188 @@
+/* Rows of a tensor into a tile of shared memory: 16 bytes at a time and asynchronously where they lie so, else element
+ * by element in any dtype and stride. What lies outside becomes 0. */
+#ifndef FA_TILE_LOAD_CUH
+#define FA_TILE_LOAD_CUH
+
+#include "../ptx/ptx_sm80.cuh"
+#include "tile_seq.cuh"
+
+/* the element type of a tensor, and back */
+template <typename T> struct fa_type;
+template <> struct fa_type<float> {
+    static constexpr fa_dtype dtype = FA_F32;
+};
+template <> struct fa_type<__nv_bfloat16> {
+    static constexpr fa_dtype dtype = FA_BF16;
+};
+template <> struct fa_type<__half> {
+    static constexpr fa_dtype dtype = FA_F16;
+};
+template <> struct fa_type<double> {
+    static constexpr fa_dtype dtype = FA_F64;
+};
+
+template <typename T> __device__ __forceinline__ T fa_from(float x);
+template <> __device__ __forceinline__ float fa_from<float>(float x)
+{
+    return x;
+}
+template <> __device__ __forceinline__ double fa_from<double>(float x)
+{
+    return x;
+}
+template <> __device__ __forceinline__ __nv_bfloat16 fa_from<__nv_bfloat16>(float x)
+{
+    return __float2bfloat16_rn(x);
+}
+template <> __device__ __forceinline__ __half fa_from<__half>(float x)
+{
+    return __float2half_rn(x);
+}
+__device__ __forceinline__ float fa_to_f32(float x)
+{
+    return x;
+}
+__device__ __forceinline__ float fa_to_f32(__nv_bfloat16 x)
+{
+    return __bfloat162float(x);
+}
+__device__ __forceinline__ float fa_to_f32(__half x)
+{
+    return __half2float(x);
+}
+
+/* Can rows of t be read 16 bytes at a time? d: elements of a row that are read, from a multiple of 16 bytes on. */
+static inline bool fa_rows_are_vectors(const fa_tensor *t)
+{
+    const int64_t size = (int64_t)fa_dtype_size(t->dtype);
+    bool fits = (uintptr_t)t->data % 16 == 0 && (t->stride[3] == 1 || t->size[3] == 1) && t->size[3] * size % 16 == 0;
+    for (int i = 0; i < 3; i++)
+        fits = fits && (t->size[i] == 1 || t->stride[i] * size % 16 == 0);
+    return fits;
+}
+
+/* Row r of a tile is row first + r of the sequence where `limit` is above it. */
+struct fa_load_rows {
+    const fa_args *a;
+    const fa_seq *s;
+    const fa_tensor *t;
+    const fa_tensor *scale; /* of quantised keys, else absent */
+    int64_t head;
+    bool keys;              /* t is k or v, else q or like q */
+    bool vectors;
+    const float *skip;      /* rows where it is +inf count as outside; NULL: none */
+
+    __device__ __forceinline__ int64_t at(int64_t i) const
+    {
+        return keys ? fa_k_at(a, s, t, head, i) : fa_q_at(s, t, head, i);
+    }
+
+    __device__ __forceinline__ bool skips(int64_t i) const
+    {
+        return skip && skip[i] == INFINITY;
+    }
+};
+
+/* fa_load_tile element by element; not inlined, so that the common way keeps its registers */
+template <typename T>
+__device__ __noinline__ void fa_load_elements(T *sTile, int ld, int tile_rows, int threads, fa_load_rows rows,
+                                              int64_t first, int64_t limit, int c0, int width)
+{
+    constexpr int LANES = 8;
+    const fa_tensor *t = rows.t;
+    const int d = (int)t->size[3];
+    for (int r = threadIdx.x / LANES; r < tile_rows; r += threads / LANES) {
+        int64_t at = first + r < limit && !rows.skips(first + r) ? rows.at(first + r) : -1;
+        float scale = at >= 0 && rows.scale ? fa_scale_at(rows.a, rows.s, rows.scale, rows.head, first + r) : 1;
+        for (int c = threadIdx.x % LANES; c < width; c += LANES) {
+            T x = fa_from<T>(0);
+            if (at >= 0 && c0 + c < d) {
+                int64_t element = at + (c0 + c) * t->stride[3];
+                if (t->dtype == fa_type<T>::dtype)
+                    x = ((const T *)t->data)[element];
+                else
+                    x = fa_from<T>((float)fa_load(t->data, t->dtype, element) * scale);
+            }
+            sTile[r * ld + c] = x;
+        }
+    }
+}
+
+/* sTile[r][c] <- columns c0 + c of the rows, c < width (a multiple of 16 bytes), r < ROWS. Elements past the end of a
+ * row and rows outside become 0. Vectors arrive with the next group of asynchronous copies. */
+template <typename T, int ROWS, int THREADS>
+__device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_rows &rows, int64_t first, int64_t limit,
+                                             int c0, int width)
+{
+    constexpr int VEC = 16 / (int)sizeof(T), LANES = 8;
+    if (!rows.vectors) {
+        fa_load_elements(sTile, ld, ROWS, THREADS, rows, first, limit, c0, width);
+        return;
+    }
+    const fa_tensor *t = rows.t;
+    const int d = (int)t->size[3];
+    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES) {
+        int64_t at = first + r < limit && !rows.skips(first + r) ? rows.at(first + r) : -1;
+        const T *row = (const T *)t->data + (at < 0 ? 0 : at);
+        for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC) {
+            bool inside = at >= 0 && c0 + c < d;
+            ptx_cp_async(sTile + r * ld + c, inside ? row + c0 + c : row, inside ? 16 : 0);
+        }
+    }
+}
+
+/* ---- rows that hold NaN or infinity ------------------------------------------------------------------------------ */
+
+/* A hidden key has weight 0, and 0 times NaN or infinity is NaN. So rows that hold one enter the product as 0. For fp32
+ * the largest numbers count too: their parts in tf32 could overflow. */
+template <typename T> __device__ __forceinline__ bool fa_is_wild(T x)
+{
+    return !(fabsf(fa_to_f32(x)) < 0x1p127f);
+}
+template <> __device__ __forceinline__ bool fa_is_wild(__half x)
+{
+    return !(fabsf(__half2float(x)) <= 65504.0f);
+}
+template <> __device__ __forceinline__ bool fa_is_wild(__nv_bfloat16 x)
+{
+    return !(fabsf(__bfloat162float(x)) < INFINITY);
+}
+
+/* Bit r of sWild[r / 32] <- row r of the tile holds one; returns whether any does. For the whole block; the tile must
+ * be complete and visible to it. */
+template <typename T, int ROWS, int THREADS>
+__device__ static bool fa_find_wild(const T *sTile, int ld, int width, uint32_t *sWild)
+{
+    constexpr int LANES = 8, VEC = 16 / (int)sizeof(T);
+    bool found = false;
+    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES)
+        for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC)
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                found |= fa_is_wild(sTile[r * ld + c + i]);
+    if (!__syncthreads_or(found))
+        return false;
+    if (threadIdx.x < (ROWS + 31) / 32)
+        sWild[threadIdx.x] = 0;
+    __syncthreads();
+    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES)
+        for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC)
+            for (int i = 0; i < VEC; i++)
+                if (fa_is_wild(sTile[r * ld + c + i]))
+                    atomicOr(&sWild[r / 32], 1u << (r % 32));
+    __syncthreads();
+    return true;
+}
+
+/* the rows marked in sWild <- 0; the block must meet before they are read */
+template <typename T, int ROWS, int THREADS>
+__device__ static void fa_clear_wild(T *sTile, int ld, int width, const uint32_t *sWild)
+{
+    constexpr int LANES = 8;
+    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES)
+        if (sWild[r / 32] >> (r % 32) & 1)
+            for (int c = threadIdx.x % LANES; c < width; c += LANES)
+                sTile[r * ld + c] = fa_from<T>(0);
+}
+
+#endif

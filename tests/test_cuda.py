@@ -1,0 +1,217 @@
+"""What only a GPU has: families of kernels, streams, graphs, lengths that nobody checks, devices. Values are tested by
+the other files, whose tests run on every device."""
+
+import math
+
+import pytest
+import torch
+
+import flashattn_ext as fa
+from cases import FLOATS, Case, build, upstream
+from compare import check_case, differentiate, ours
+from conftest import devices
+from flashattn_ext import _C
+from sequences import LSE, Packed
+
+pytestmark = [pytest.mark.skipif("cuda" not in devices(), reason="needs a GPU and a build with CUDA"),
+              pytest.mark.usefixtures("on_gpu")]
+
+SDPA = fa.scaled_dot_product_attention
+ARCHS = ("plain", "sm80")
+
+
+@pytest.fixture
+def on_gpu():
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.fixture
+def arch(request, monkeypatch):
+    monkeypatch.setenv("FLASHATTN_EXT_CUDA_ARCH", request.param)
+    return request.param
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+COMPACT = [
+    Case(B=1, HQ=2, HK=1, SQ=97, SK=129, D=40, options=("causal",)),
+    Case(B=1, HQ=1, HK=1, SQ=65, SK=193, D=33, DV=7, layout="strided"),
+    Case(B=2, HQ=4, HK=2, SQ=2, SK=1030, D=24, options=("mask_key",)),
+    Case(B=2, HQ=4, HK=4, SQ=1, SK=1100, D=64, DV=32, options=("bias_head", "sinks", "kv_lengths")),
+    Case(B=2, HQ=3, HK=1, SQ=18, SK=100, D=96, options=("mask_full", "softcap", "window_left")),
+    Case(B=3, HQ=2, HK=1, SQ=35, SK=50, D=16, options=("lower_right", "kv_lengths", "q_lengths", "alibi", "dropout")),
+    Case(B=2, HQ=4, HK=2, SQ=19, SK=35, D=16, options=("bias_batch", "alibi_batch", "softcap", "sinks", "kv_lengths",
+                                                      "q_lengths", "window", "dropout", "scale")),
+    Case(B=1, HQ=1, HK=1, SQ=17, SK=31, D=512, DV=257),
+    Case(B=1, HQ=2, HK=2, SQ=300, SK=333, D=128, options=("causal",)),
+    Case(B=1, HQ=2, HK=2, SQ=140, SK=130, D=200, DV=256),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", COMPACT, ids=lambda c: c.id)
+@pytest.mark.parametrize("arch", ARCHS, indirect=True)
+def test_every_family_is_right(arch, case, dtype):
+    check_case(case.but(dtype=dtype))
+
+
+# What the kernels of sm_90 take: bf16 and fp16, rows of whole 16 bytes, causal and windows.
+HOPPER = [
+    Case(B=2, HQ=2, HK=2, SQ=300, SK=300, D=64),
+    Case(B=1, HQ=4, HK=2, SQ=257, SK=390, D=128, options=("causal",)),
+    Case(B=2, HQ=6, HK=2, SQ=130, SK=1030, D=64, options=("lower_right",)),
+    Case(B=1, HQ=2, HK=1, SQ=500, SK=500, D=96, options=("window",)),
+    Case(B=1, HQ=2, HK=2, SQ=1, SK=700, D=128),
+    Case(B=1, HQ=2, HK=2, SQ=140, SK=270, D=192, DV=128, options=("causal",)),
+    Case(B=1, HQ=2, HK=1, SQ=333, SK=257, D=256, options=("causal",)),
+]
+
+
+@pytest.mark.skipif("cuda" in devices() and torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("case", HOPPER, ids=lambda c: c.id)
+@pytest.mark.parametrize("arch", ("sm90",), indirect=True)
+def test_kernels_of_hopper_are_right(arch, case, dtype):
+    made = case.but(dtype=dtype)
+    plan = _C.plan("forward", dtype, made.B, made.HQ, made.HK, made.SQ, made.SK, made.D, made.DV or made.D, threads=1,
+                   device=0)
+    assert "_sm90_" in plan["kernel"]
+    check_case(made)
+
+
+@pytest.mark.parametrize("arch", ARCHS, indirect=True)
+def test_the_family_asked_for_is_used(arch):
+    for dtype in FLOATS:
+        for op in ("forward", "backward"):
+            plan = _C.plan(op, dtype, 1, 2, 1, 64, 64, 16, 16, threads=1, device=0)
+            assert f"_{arch}_" in plan["kernel"] and plan["kind"] == "cuda"
+    assert "_plain_f64" in _C.plan("forward", "float64", 1, 2, 1, 64, 64, 16, 16, threads=1, device=0)["kernel"]
+
+
+def test_explain_on_a_gpu():
+    plan = fa.explain(torch.empty(2, 4, 300, 64, dtype=torch.bfloat16), *torch.empty(2, 2, 2, 300, 64).bfloat16(),
+                      enable_gqa=True)
+    assert plan.kernel in {k["name"] for k in fa.kernels() if k["usable"]} and "blocks of" in str(plan)
+
+
+# ---- streams and graphs ----------------------------------------------------------------------------------------------
+
+GRAPHED = [
+    Case(B=2, HQ=4, HK=2, SQ=130, SK=150, D=64, dtype="bfloat16", options=("causal",)),
+    Case(B=2, HQ=2, HK=2, SQ=1, SK=3000, D=64, dtype="float16"),
+    Case(B=3, HQ=2, HK=1, SQ=90, SK=100, D=40, DV=24, options=("q_lengths", "kv_lengths", "lower_right")),
+    Case(B=2, HQ=4, HK=2, SQ=70, SK=120, D=16, options=("bias_key", "sinks", "softcap", "window")),
+    Case(B=2, HQ=2, HK=2, SQ=33, SK=40, D=16, dtype="float64", options=("mask_full",)),
+]
+
+
+@pytest.mark.parametrize("case", GRAPHED, ids=lambda c: c.id)
+def test_capture_and_replay(case):
+    """Forward and backward in one graph; replays follow what the inputs then hold."""
+    inputs, grads = build(case), upstream(case)
+    differentiate(ours, inputs, grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = differentiate(ours, inputs, grads)
+    for _ in range(2):
+        with torch.no_grad():
+            for x in (inputs.query, inputs.key, inputs.value):
+                x.copy_(torch.randn(x.shape, dtype=torch.float64))
+        graph.replay()
+        for name, want in differentiate(ours, inputs, grads).items():
+            assert torch.equal(captured[name], want), name
+
+
+@pytest.mark.parametrize("case", GRAPHED, ids=lambda c: c.id)
+def test_nothing_waits_for_the_gpu(case):
+    inputs, grads = build(case), upstream(case)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        differentiate(ours, inputs, grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_current_stream_is_used():
+    query, key, value = torch.randn(3, 1, 8, 2000, 64).bfloat16()
+    want = SDPA(query, key, value)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(query)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(query)
+        got = SDPA(late, key, value)
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+# ---- lengths and tables that nobody checks ---------------------------------------------------------------------------
+
+
+def test_lengths_out_of_range_count_as_the_end_of_it():
+    query, key, value = torch.randn(3, 3, 2, 40, 16)
+    given = torch.tensor([-7, 1000, 13], dtype=torch.int32)
+    ends = given.clamp(0, 40)
+    for name in ("q_seqlens", "kv_seqlens"):
+        for got, want in zip(SDPA(query, key, value, return_lse=True, **{name: given}),
+                             SDPA(query, key, value, return_lse=True, **{name: ends})):
+            assert torch.equal(got, want)
+
+
+def test_offsets_and_pages_out_of_range_stay_inside_the_tensors():
+    packed = Packed([5, 30, 7], [9, 40, 3])
+    for wild in ([0, 50, 20, 10**6], [0, -5, 3, 9], [7, 7, 7, 7]):
+        out, _ = fa.varlen_attn(packed.q, packed.k, packed.v, torch.tensor(wild), torch.tensor(wild), 50, 50,
+                                enable_gqa=True, return_aux=LSE)
+        assert torch.isfinite(out).all()
+    step = [torch.randn(2, 1, 4, 16), torch.randn(5, 8, 2, 16), torch.randn(5, 8, 2, 16)]
+    table = torch.tensor([[0, 10**6, 2], [-9, 4, 1]])
+    out = fa.decode_attention(*step, torch.tensor([24, 10**6]), block_table=table)
+    assert torch.isfinite(out).all()
+
+
+def test_a_cache_without_room_drops_the_surplus():
+    k, v, new = torch.zeros(2, 6, 1, 8), torch.zeros(2, 6, 1, 8), torch.ones(2, 4, 1, 8)
+    fa.decode_attention(torch.randn(2, 4, 1, 8), k, v, torch.tensor([1, 4]), k_new=new, v_new=new)
+    assert k.sum((2, 3)).tolist() == [[0, 8, 8, 8, 8, 0], [0, 0, 0, 0, 8, 8]] and torch.equal(k, v)
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_on_several_devices_are_refused():
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    with pytest.raises(RuntimeError, match="query on cuda:0, key on cpu"):
+        SDPA(query, key.cpu(), value)
+    with pytest.raises(RuntimeError, match="kv_seqlens is on cpu"):
+        SDPA(query, key, value, kv_seqlens=torch.tensor([3], device="cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    query, key, value = torch.randn(3, 1, 2, 90, 64)
+    other = [x.to("cuda:1").requires_grad_() for x in (query, key, value)]
+    out = SDPA(*other, is_causal=True)
+    (grad,) = torch.autograd.grad(out.square().sum(), other[1])
+    assert out.device == grad.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    torch.testing.assert_close(out.to("cuda:0"), SDPA(query, key, value, is_causal=True), rtol=0, atol=0)
+
+
+@pytest.mark.big
+def test_offsets_past_2_to_the_31():
+    """Elements of query, key, value and their gradients more than 2^31 apart."""
+    B, S, D = 2, 70, 64
+    far = 2**31 // D + 5
+    memory = torch.zeros(B, far, D, dtype=torch.bfloat16)
+    views = [memory[:, at:at + S][:, None] for at in (0, 100, far - S)]
+    for x in views:
+        x.copy_(torch.randn(x.shape))
+    near = [x.clone().requires_grad_() for x in views]
+    views = [x.detach().requires_grad_() for x in views]
+    outs = [SDPA(*given, is_causal=True) for given in (views, near)]
+    assert torch.equal(*outs) and math.isfinite(outs[0].sum().item())
+    grads = [torch.autograd.grad(out.sum(), given) for out, given in zip(outs, (views, near))]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
