@@ -102,12 +102,8 @@ class Attention(torch.autograd.Function):
         raise RuntimeError(f"the fused attention has no forward-mode derivative (jvp); {_WAY_OUT}")
 
 
-class Backward(torch.autograd.Function):
-    """The op `backward` as a step of autograd that has no derivative of its own."""
-
-    @staticmethod
-    def forward(*args):
-        return _backward(*args)
+class Once(torch.autograd.Function):
+    """A step of autograd that has no derivative of its own."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -118,12 +114,20 @@ class Backward(torch.autograd.Function):
         raise RuntimeError(f"the fused attention can be differentiated once, not twice; {_WAY_OUT}")
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        return batching.fold_backward(Backward.apply, info, in_dims, *args)
-
-    @staticmethod
     def jvp(ctx, *tangents):
         raise RuntimeError(f"the fused attention can be differentiated once, not twice; {_WAY_OUT}")
+
+
+class Backward(Once):
+    """The op `backward`."""
+
+    @staticmethod
+    def forward(*args):
+        return _backward(*args)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return batching.fold_backward(Backward.apply, info, in_dims, *args)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -172,25 +176,13 @@ class PackedAttention(torch.autograd.Function):
         raise RuntimeError(f"the fused attention has no forward-mode derivative (jvp); {_WAY_OUT}")
 
 
-class PackedBackward(torch.autograd.Function):
-    """The op `varlen_backward` as a step of autograd that has no derivative of its own."""
+class PackedBackward(Once):
+    """The op `varlen_backward`."""
 
     @staticmethod
     def forward(*args):
         return _varlen_backward(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"the fused attention can be differentiated once, not twice; {_WAY_OUT}")
-
-    @staticmethod
     def vmap(info, in_dims, *args):
         raise RuntimeError("varlen_attn has no rule for vmap: pack the mapped sequences behind one another instead")
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(f"the fused attention can be differentiated once, not twice; {_WAY_OUT}")

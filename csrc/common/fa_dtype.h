@@ -8,6 +8,12 @@
 #include "../fa.h"
 #include "fa_host_device.h"
 
+/* stored values that need a scale */
+FA_HD static inline bool fa_is_quantised(fa_dtype t)
+{
+    return t == FA_I8 || t == FA_F8E4M3;
+}
+
 FA_HD static inline float fa_bits_to_f32(uint32_t bits)
 {
     float f;

@@ -75,14 +75,9 @@ typedef struct key_block {
     float k_scale[KB], v_scale[KB]; /* of quantised keys */
 } key_block;
 
-static inline bool quantised(fa_dtype t)
-{
-    return t == FA_I8 || t == FA_F8E4M3;
-}
-
 FA_INLINE int64_t size_of(fa_dtype t)
 {
-    return quantised(t) ? 1 : t == FA_F32 ? 4 : 2;
+    return fa_is_quantised(t) ? 1 : t == FA_F32 ? 4 : 2;
 }
 
 /* what a widened element must be multiplied by, besides its scale */
@@ -470,7 +465,7 @@ FA_INLINE bool finish_scores(const rows *w, int r, const key_block *now, vf *top
     const char *mask = w->ops.mask ? mask_row(&a->mask, w->b, w->head[r], w->query[r]) : NULL;
     for (int j = 0; j < nk; j += VL) {
         vf x = v_mul(v_load(s + j), scale);
-        if (quantised(dtype))
+        if (fa_is_quantised(dtype))
             x = v_mul(x, v_load(now->k_scale + j));
         vi at = vi_add(vi_iota(), vi_set1(j));
         if (w->ops.softcap)
@@ -499,7 +494,7 @@ FA_INLINE void scale_scores(const rows *w, int r, const key_block *now, vf *top,
     float *s = w->scores + r * KB;
     for (int j = 0; j < now->n; j += VL) {
         vf x = v_mul(v_load(s + j), v_set1(w->ops.scale));
-        if (quantised(dtype))
+        if (fa_is_quantised(dtype))
             x = v_mul(x, v_load(now->k_scale + j));
         *top = v_max(x, *top);
         v_store(s + j, x);
@@ -524,7 +519,7 @@ FA_INLINE bool row_weights(const rows *w, int r, const key_block *now, float *re
     for (int j = 0; j < now->n; j += VL) {
         vf p = v_exp2(v_sub(v_load(s + j), base), degree);
         acc = v_add(acc, p);
-        if (quantised(dtype)) /* what a hidden key is scaled by may be anything */
+        if (fa_is_quantised(dtype)) /* what a hidden key is scaled by may be anything */
             p = v_select(v_eq(p, v_zero()), p, v_mul(p, v_load(now->v_scale + j)));
         v_store(s + j, p);
     }
@@ -686,7 +681,7 @@ FA_INLINE void rows_task(const fa_args *a, const fa_plan *plan, int64_t task, ch
         for (int h = 0; h < heads; h++) {
             const key_walk next = walk_ahead(w, h, heads, in_order, here, there);
             point_at(&now, &w[h], here);
-            if (quantised(dtype))
+            if (fa_is_quantised(dtype))
                 scales_of(&now, &w[h], here, dtype);
             head_step(&w[h], &now, &next, dtype, dots, values);
         }

@@ -66,7 +66,7 @@ static fa_status check_dims(const fa_args *a, fa_error *err)
 static fa_status check_qkv(const fa_args *a, fa_error *err)
 {
     fa_dtype t = a->q.dtype;
-    bool quantised = a->by_sequence && (a->k.dtype == FA_I8 || a->k.dtype == FA_F8E4M3);
+    bool quantised = a->by_sequence && fa_is_quantised(a->k.dtype);
     if (quantised && a->k.dtype != a->v.dtype)
         return refuse(err, FA_ERR_SHAPE, "key has dtype %s and value %s: they must be the same",
                       fa_dtype_name(a->k.dtype), fa_dtype_name(a->v.dtype));

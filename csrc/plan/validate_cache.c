@@ -96,7 +96,7 @@ static fa_status check_cache(const fa_append_args *a, fa_error *err)
 static fa_status check_scale(const char *name, const fa_tensor *t, const fa_tensor *cache, const fa_append_args *a,
                              fa_error *err)
 {
-    const bool quantised = cache->dtype == FA_I8 || cache->dtype == FA_F8E4M3;
+    const bool quantised = fa_is_quantised(cache->dtype);
     const int64_t N = append_sequences(a), HK = cache->size[1], *s = t->size;
     if (is_given(t) != quantised)
         return refuse(err, FA_ERR_SHAPE, "%s is %s and the cache has dtype %s: it must be given for int8 and "

@@ -13,11 +13,6 @@ static bool is_index(const fa_tensor *t)
     return t->dtype == FA_I32 || t->dtype == FA_I64;
 }
 
-static bool is_quantised(const fa_args *a)
-{
-    return a->k.dtype == FA_I8 || a->k.dtype == FA_F8E4M3;
-}
-
 /* ---- forms ------------------------------------------------------------------------------------------------------- */
 
 static fa_status check_offsets(const char *name, const fa_tensor *cu, const char *whose, const fa_tensor *rows,
@@ -88,7 +83,7 @@ static fa_status check_key_batch(const fa_args *a, fa_error *err)
 static fa_status check_scale(const char *name, const fa_tensor *s, const char *whose, const fa_args *a, fa_error *err)
 {
     const int64_t n = fa_sequences(a), *k = a->k.size;
-    if (!is_quantised(a)) {
+    if (!fa_is_quantised(a->k.dtype)) {
         if (is_given(s))
             return refuse(err, FA_ERR_SHAPE, "%s is given and %s has dtype %s: scales go with int8 and float8_e4m3fn",
                           name, whose, fa_dtype_name(a->k.dtype));
@@ -128,11 +123,11 @@ static fa_status check_tree(const fa_args *a, fa_error *err)
 
 static fa_status check_inference(const fa_args *a, fa_error *err)
 {
-    const char *what = is_given(&a->block_table) ? "block_table"
-                       : is_quantised(a)         ? "a quantised key"
-                       : is_given(&a->tree_mask) ? "tree_mask"
-                       : a->splits_wanted        ? "num_splits"
-                                                 : NULL;
+    const char *what = is_given(&a->block_table)      ? "block_table"
+                       : fa_is_quantised(a->k.dtype)  ? "a quantised key"
+                       : is_given(&a->tree_mask)      ? "tree_mask"
+                       : a->splits_wanted             ? "num_splits"
+                                                      : NULL;
     if (what)
         return refuse(err, FA_ERR_UNSUPPORTED, "%s is given: it is inference-only, there is no gradient with it", what);
     return FA_OK;
@@ -142,7 +137,7 @@ fa_status fa_check_sequences(const fa_args *a, bool backward, fa_error *err)
 {
     if (!a->by_sequence) {
         if (is_given(&a->cu_q) || is_given(&a->cu_k) || is_given(&a->block_table) || is_given(&a->tree_mask) ||
-            a->page_size || a->splits_wanted || is_quantised(a))
+            a->page_size || a->splits_wanted || fa_is_quantised(a->k.dtype))
             return refuse(err, FA_ERR_VALUE, "packed, paged, quantised or tree-masked keys need by_sequence");
         return FA_OK;
     }
