@@ -29,12 +29,25 @@ extern const fa_cuda_family fa_fwd_sm90, fa_bwd_sm90, fa_fwd_sm80, fa_bwd_sm80, 
 /* Compute capability 8.0 and everything newer. */
 bool fa_runs_on_sm80(int major);
 
-/* What backward keeps for each row of q, in this order in the workspace: the log-sum-exp in units of log2 (+inf for a
- * row that sees nothing), and rowsum(dO * O) - dLSE. fp32, fp64 for float64. */
+/* What backward keeps for each row of q: the log-sum-exp in units of log2 (+inf for a row that sees nothing), and
+ * rowsum(dO * O) - dLSE. fp32, fp64 for float64. */
+typedef struct fa_bwd_row_numbers {
+    const void *lse2, *delta; /* (B, HQ, rows) */
+    int64_t rows;             /* at least SQ */
+} fa_bwd_row_numbers;
+
 size_t fa_bwd_rows_bytes(const fa_args *a);
 fa_status fa_bwd_rows_launch(const fa_args *a, void *workspace, cudaStream_t stream, fa_error *err);
+/* Where they lie in that workspace. */
+fa_bwd_row_numbers fa_bwd_rows_in(const fa_args *a, const void *workspace);
 /* Gradient of the sinks, from these rows. */
-fa_status fa_dsinks_launch(const fa_args *a, const void *workspace, cudaStream_t stream, fa_error *err);
+fa_status fa_dsinks_launch(const fa_args *a, const fa_bwd_row_numbers *r, cudaStream_t stream, fa_error *err);
+/* Computes the rows of dq, dk and dv again that are not finite through what they do not see. Does nothing where *spoilt,
+ * in device memory, is 0. */
+fa_status fa_bwd_repair_launch(const fa_args *a, const fa_bwd_row_numbers *r, const uint32_t *spoilt,
+                               cudaStream_t stream, fa_error *err);
+/* The gradient of the mask by the kernels of sm_80, which take every form of it. */
+fa_status fa_dmask_sm80_launch(const fa_args *a, const fa_bwd_row_numbers *r, cudaStream_t stream, fa_error *err);
 /* Parts of split keys, [splits][B HQ SQ][2 + DV] (maximum, sum, weighted values), to out and lse. */
 fa_status fa_combine_launch(const fa_args *a, const fa_plan *plan, const float *parts, cudaStream_t stream,
                             fa_error *err);

@@ -12,6 +12,24 @@ __device__ __forceinline__ void fa_tma_prefetch_map(const CUtensorMap *map)
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/* Rewrites the size of dimension DIM of a map in global memory (PTX ISA, "tensormap.replace"); afterwards release it,
+ * and acquire it where it is used. */
+template <int DIM> __device__ __forceinline__ void fa_tensor_map_resize(CUtensorMap *map, uint32_t size)
+{
+    asm volatile("tensormap.replace.tile.global_dim.global.b1024.b32 [%0], %1, %2;" ::"l"(map), "n"(DIM), "r"(size)
+                 : "memory");
+}
+
+__device__ __forceinline__ void fa_tensor_map_release(void)
+{
+    asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
+}
+
+__device__ __forceinline__ void fa_tensor_map_acquire(const CUtensorMap *map)
+{
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+
 /* Coordinates from the innermost dimension outwards, in elements; the bytes of the whole box are counted on bar. */
 __device__ __forceinline__ void fa_tma_load_4d(void *to, const CUtensorMap *map, uint64_t *bar, int32_t x0, int32_t x1,
                                                int32_t x2, int32_t x3)

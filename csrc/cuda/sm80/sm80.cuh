@@ -15,7 +15,8 @@ struct fa_sm80_params {
     int64_t slots;              /* tiles of rows: fa_tile_slots */
     int64_t splits, split_keys; /* forward: parts of the keys, a multiple of the tile's */
     float *partial;             /* [splits][B HQ SQ][2 + DV] where the keys are split */
-    const float *lse2, *delta;  /* backward: [B HQ SQ], smxx_rows.cu */
+    const float *lse2, *delta;  /* backward: [B HQ][rows], smxx_rows.cu */
+    int64_t rows;
 };
 
 /* Tiles for head dimensions up to dp. Forward: warps of 16 query rows, `cols` keys. Backward: warps of 16 rows, `cols`

@@ -107,9 +107,9 @@ __device__ __forceinline__ void fa_bwd_weights(float (&w)[C::NT][4], float (&ds)
 }
 
 /* index of row i of head h in lse2 and delta */
-__device__ __forceinline__ int64_t fa_bwd_row_at(const fa_args *a, const fa_seq *s, int64_t h)
+__device__ __forceinline__ int64_t fa_bwd_row_at(const fa_sm80_params &p, const fa_seq *s, int64_t h)
 {
-    return (s->q_batch * a->q.size[1] + h) * a->q.size[2] + s->q_row;
+    return (s->q_batch * p.a.q.size[1] + h) * p.rows + s->q_row;
 }
 
 template <int NA> __device__ __forceinline__ void fa_zero(float (&x)[NA][4])
@@ -147,7 +147,7 @@ __device__ __forceinline__ void fa_bwd_load_queries(const fa_bwd_tiles<C> &sh, c
 {
     using T = typename C::T;
     const fa_args *a = &p.a;
-    const int64_t rows = fa_bwd_row_at(a, seq, h), q_len = seq->span.q_len;
+    const int64_t rows = fa_bwd_row_at(p, seq, h), q_len = seq->span.q_len;
     fa_load_rows q = fa_rows_q(a, seq, &a->q, h, p.vectors & FA_VEC_Q);
     fa_load_rows dout = fa_rows_q(a, seq, &a->dout, h, p.vectors & FA_VEC_DOUT);
     q.skip = dout.skip = p.lse2 + rows;
@@ -216,7 +216,7 @@ __device__ __forceinline__ fa_bwd_rows fa_bwd_load_rows(const fa_bwd_tiles<C> &s
 {
     using T = typename C::T;
     const fa_args *a = &p.a;
-    const int64_t rows = fa_bwd_row_at(a, seq, h), q_len = seq->span.q_len;
+    const int64_t rows = fa_bwd_row_at(p, seq, h), q_len = seq->span.q_len;
     fa_load_tile<T, C::RM, C::THREADS>(sh.r1, C::LD, fa_rows_q(a, seq, &a->q, h, p.vectors & FA_VEC_Q), i0, q_len, 0,
                                        C::DP);
     fa_load_tile<T, C::RM, C::THREADS>(sh.r2, C::LD, fa_rows_q(a, seq, &a->dout, h, p.vectors & FA_VEC_DOUT), i0, q_len,

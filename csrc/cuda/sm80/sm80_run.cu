@@ -150,18 +150,33 @@ static void plan_backward(const fa_args *a, int device, fa_plan *p)
     p->why_splits = "no two blocks add to one element";
 }
 
-static int64_t dmask_blocks(const fa_args *a, const fa_plan *plan)
+static int64_t dmask_blocks(const fa_args *a)
 {
+    const fa_sm80_tile t = tile_of(a, true);
     const int64_t *m = a->mask.size;
-    return m[0] * m[1] * fa_ceil_div(m[2], plan->block_rows) * fa_ceil_div(m[3], plan->block_keys);
+    return m[0] * m[1] * fa_ceil_div(m[2], 16 * t.warps) * fa_ceil_div(m[3], t.cols);
+}
+
+static fa_sm80_params backward_params(const fa_args *a, const fa_bwd_row_numbers *r)
+{
+    fa_sm80_params p = params_of(a);
+    p.lse2 = (const float *)r->lse2;
+    p.delta = (const float *)r->delta;
+    p.rows = r->rows;
+    return p;
+}
+
+fa_status fa_dmask_sm80_launch(const fa_args *a, const fa_bwd_row_numbers *r, cudaStream_t stream, fa_error *err)
+{
+    const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
+    return e->launch(e->name, FA_PASS_DMASK, backward_params(a, r), dmask_blocks(a), stream, err);
 }
 
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                  fa_error *err)
 {
-    fa_sm80_params p = params_of(a);
-    p.lse2 = (const float *)workspace;
-    p.delta = (const float *)((char *)workspace + fa_bwd_rows_bytes(a) / 2);
+    const fa_bwd_row_numbers rows = fa_bwd_rows_in(a, workspace);
+    fa_sm80_params p = backward_params(a, &rows);
     const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
     fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
     if (!status && (a->dk.data || a->dv.data))
@@ -170,9 +185,9 @@ static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *wo
     if (!status && a->dq.data)
         status = e->launch(e->name, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
     if (!status && a->dmask.data)
-        status = e->launch(e->name, FA_PASS_DMASK, p, dmask_blocks(a, plan), stream, err);
+        status = fa_dmask_sm80_launch(a, &rows, stream, err);
     if (!status && a->dsinks.data)
-        status = fa_dsinks_launch(a, workspace, stream, err);
+        status = fa_dsinks_launch(a, &rows, stream, err);
     return status;
 }
 

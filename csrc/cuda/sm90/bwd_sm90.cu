@@ -3,29 +3,61 @@
 
 #include <cuda_runtime.h>
 
-extern "C" {
-extern const fa_sm90_instance fa_bwd_sm90_bf16_hd64, fa_bwd_sm90_bf16_hd128, fa_bwd_sm90_bf16_hd192_dv128,
-    fa_bwd_sm90_bf16_hd256, fa_bwd_sm90_f16_hd64, fa_bwd_sm90_f16_hd128, fa_bwd_sm90_f16_hd192_dv128,
-    fa_bwd_sm90_f16_hd256;
-}
+#include "../../common/fa_philox.h"
+#include "../cuda.h"
+
+/* X(head dimensions), the narrowest first. */
+#define FA_BWD_SM90_DIMS(X) X(hd64) X(hd128) X(hd192_dv128) X(hd256)
+
+enum { FA_BWD_DIMS = 4 };
+
+#define FA_DECLARE(dims)                                                                                               \
+    extern "C" const fa_sm90_instance fa_bwd_sm90_bf16_##dims, fa_bwd_sm90_f16_##dims, fa_bwd_sm90_bf16_##dims##_mod,  \
+        fa_bwd_sm90_f16_##dims##_mod, fa_dmask_sm90_bf16_##dims, fa_dmask_sm90_f16_##dims;
+FA_BWD_SM90_DIMS(FA_DECLARE)
+
+#define FA_BF16_PLAIN(dims) &fa_bwd_sm90_bf16_##dims,
+#define FA_F16_PLAIN(dims) &fa_bwd_sm90_f16_##dims,
+#define FA_BF16_MOD(dims) &fa_bwd_sm90_bf16_##dims##_mod,
+#define FA_F16_MOD(dims) &fa_bwd_sm90_f16_##dims##_mod,
+#define FA_BF16_DMASK(dims) &fa_dmask_sm90_bf16_##dims,
+#define FA_F16_DMASK(dims) &fa_dmask_sm90_f16_##dims,
+
+enum { FA_KIND_PLAIN, FA_KIND_MOD, FA_KIND_DMASK, FA_KINDS };
+
+static const fa_sm90_instance *const INSTANCES[FA_KINDS][2][FA_BWD_DIMS] = {
+    {{FA_BWD_SM90_DIMS(FA_BF16_PLAIN)}, {FA_BWD_SM90_DIMS(FA_F16_PLAIN)}},
+    {{FA_BWD_SM90_DIMS(FA_BF16_MOD)}, {FA_BWD_SM90_DIMS(FA_F16_MOD)}},
+    {{FA_BWD_SM90_DIMS(FA_BF16_DMASK)}, {FA_BWD_SM90_DIMS(FA_F16_DMASK)}},
+};
 
 extern "C" const fa_sm90_instance *fa_bwd_sm90_instance_at(int i)
 {
-    static const fa_sm90_instance *const all[] = {
-        &fa_bwd_sm90_bf16_hd64, &fa_bwd_sm90_bf16_hd128, &fa_bwd_sm90_bf16_hd192_dv128, &fa_bwd_sm90_bf16_hd256,
-        &fa_bwd_sm90_f16_hd64,  &fa_bwd_sm90_f16_hd128,  &fa_bwd_sm90_f16_hd192_dv128,  &fa_bwd_sm90_f16_hd256,
-    };
-    return i < (int)(sizeof all / sizeof all[0]) ? all[i] : NULL;
+    return i < FA_KINDS * 2 * FA_BWD_DIMS ? INSTANCES[0][0][i] : NULL;
+}
+
+static bool needs_mod(const fa_args *a)
+{
+    return a->mask.data || a->alibi.data || a->q_seqlens.data || a->kv_seqlens.data || a->softcap > 0 ||
+           a->dropout_p > 0;
 }
 
 /* The narrowest that holds the head dimensions. */
-extern "C" const fa_sm90_instance *fa_bwd_sm90_choose(const fa_args *a)
+static const fa_sm90_instance *instance_for(const fa_args *a, int kind)
 {
-    for (int i = 0;; i++) {
-        const fa_sm90_instance *f = fa_bwd_sm90_instance_at(i);
-        if (!f || (f->dtype == a->q.dtype && a->q.size[3] <= f->D && a->v.size[3] <= f->DV))
+    if (a->q.dtype != FA_BF16 && a->q.dtype != FA_F16)
+        return NULL;
+    for (int i = 0; i < FA_BWD_DIMS; i++) {
+        const fa_sm90_instance *f = INSTANCES[kind][a->q.dtype == FA_F16][i];
+        if (a->q.size[3] <= f->D && a->v.size[3] <= f->DV)
             return f;
     }
+    return NULL;
+}
+
+extern "C" const fa_sm90_instance *fa_bwd_sm90_choose(const fa_args *a)
+{
+    return instance_for(a, needs_mod(a) ? FA_KIND_MOD : FA_KIND_PLAIN);
 }
 
 /* ---- what it can do ---------------------------------------------------------------------------------------------- */
@@ -59,13 +91,14 @@ static bool countable(const fa_args *a)
 extern "C" bool fa_bwd_sm90_can(const fa_args *a)
 {
     bool inputs = readable(&a->q) && readable(&a->k) && readable(&a->v) && readable(&a->out) && readable(&a->dout);
-    return fa_bwd_sm90_choose(a) && fa_sm90_is_plain(a) && countable(a) && inputs && writable(&a->dq) && writable(&a->dk) && writable(&a->dv);
+    return fa_bwd_sm90_choose(a) && !a->by_sequence && a->dropout_p < 1 && countable(a) && inputs &&
+           writable(&a->dq) && writable(&a->dk) && writable(&a->dv);
 }
 
 /* ---- workspace --------------------------------------------------------------------------------------------------- */
 
 typedef struct workspace_parts {
-    size_t dq_sum, row_lse, row_delta, turn, end; /* offsets in bytes */
+    size_t dq_sum, row_lse, row_delta, turn, spoilt, maps, bits, end; /* offsets in bytes */
 } workspace_parts;
 
 static size_t align_256(size_t bytes)
@@ -73,14 +106,40 @@ static size_t align_256(size_t bytes)
     return (bytes + 255) / 256 * 256;
 }
 
+static int64_t blocks_of(int64_t rows, int block)
+{
+    return (rows + block - 1) / block;
+}
+
+static bool is_broadcast(const fa_tensor *t, int dim)
+{
+    return t->size[dim] == 1 || t->stride[dim] == 0;
+}
+
+/* Words of a bool mask along each dimension (bwd_sm90_params.h). One key takes two, for copies of 16 bytes. */
+static void words_of(const fa_args *a, const fa_sm90_instance *f, int64_t (&words)[4])
+{
+    const fa_tensor *m = &a->mask;
+    words[0] = is_broadcast(m, 0) ? 1 : m->size[0];
+    words[1] = is_broadcast(m, 1) ? 1 : m->size[1];
+    words[2] = is_broadcast(m, 2) ? 1 : blocks_of(m->size[2], f->BM) * (f->BM / 64);
+    words[3] = is_broadcast(m, 3) ? 2 : blocks_of(m->size[3], f->BN) * f->BN;
+}
+
 static workspace_parts parts_of(const fa_args *a, const fa_sm90_instance *f)
 {
-    size_t blocks = (size_t)(a->q.size[0] * a->q.size[1] * ((a->q.size[2] + f->BM - 1) / f->BM)), rows = blocks * f->BM;
+    size_t blocks = (size_t)(a->q.size[0] * a->q.size[1] * blocks_of(a->q.size[2], f->BM)), rows = blocks * f->BM;
+    bool lengths = a->q_seqlens.data || a->kv_seqlens.data, bits = a->mask.data && a->mask.dtype == FA_BOOL;
+    int64_t words[4];
+    words_of(a, f, words);
     workspace_parts w = {};
     w.row_lse = w.dq_sum + align_256(rows * f->D * sizeof(float));
     w.row_delta = w.row_lse + align_256(rows * sizeof(float));
     w.turn = w.row_delta + align_256(rows * sizeof(float));
-    w.end = w.turn + align_256(blocks * sizeof(uint32_t));
+    w.spoilt = w.turn + align_256(blocks * sizeof(uint32_t));
+    w.maps = w.spoilt + align_256(sizeof(uint32_t));
+    w.bits = w.maps + (lengths ? align_256((size_t)a->q.size[0] * FA_MAPS * sizeof(CUtensorMap)) : 0);
+    w.end = w.bits + (bits ? align_256((size_t)(words[0] * words[1] * words[2] * words[3]) * sizeof(uint64_t)) : 0);
     return w;
 }
 
@@ -89,7 +148,7 @@ extern "C" size_t fa_bwd_sm90_workspace(const fa_args *a)
     return parts_of(a, fa_bwd_sm90_choose(a)).end;
 }
 
-/* ---- launch ------------------------------------------------------------------------------------------------------ */
+/* ---- what the kernels are handed --------------------------------------------------------------------------------- */
 
 static fa_bwd_sm90_view view_of(const fa_tensor *t)
 {
@@ -109,8 +168,8 @@ static void fill_sizes(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_in
     p->DV = (int32_t)a->v.size[3];
     p->BM = f->BM;
     p->BN = f->BN;
-    p->q_blocks = (p->SQ + f->BM - 1) / f->BM;
-    p->k_blocks = (p->SK + f->BN - 1) / f->BN;
+    p->q_blocks = (int32_t)blocks_of(p->SQ, f->BM);
+    p->k_blocks = (int32_t)blocks_of(p->SK, f->BN);
     p->scale = (float)a->scale;
     p->scale_log2 = (float)(a->scale * 1.4426950408889634);
 }
@@ -130,8 +189,9 @@ static int32_t heads_in_turn(const fa_bwd_sm90_params *p, const fa_sm90_instance
 /* See bwd_sm90_params.h. resident: thread blocks that the device runs at the same time. */
 static void fill_order(fa_bwd_sm90_params *p, const fa_sm90_instance *f, bool left, bool right, int32_t resident)
 {
-    bool up = right && !left && p->SK <= 1024 && p->k_blocks <= resident;
-    p->order = up ? FA_BWD_UP : left || right ? FA_BWD_DOWN : FA_BWD_ROTATE;
+    bool lengths = p->mod.options & FA_MOD_LENGTHS; /* not every key block sees every query block */
+    bool up = right && !left && !lengths && p->SK <= 1024 && p->k_blocks <= resident;
+    p->order = up ? FA_BWD_UP : left || right || lengths ? FA_BWD_DOWN : FA_BWD_ROTATE;
     p->ring = p->order == FA_BWD_DOWN ? 1 : clamp_count(p->k_blocks, 1, resident);
     p->heads_together = p->order == FA_BWD_DOWN ? heads_in_turn(p, f) : 1;
     if (p->order == FA_BWD_ROTATE) {
@@ -145,7 +205,9 @@ static void fill_order(fa_bwd_sm90_params *p, const fa_sm90_instance *f, bool le
 static void fill_band(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_instance *f, int resident)
 {
     bool left = a->window_left >= 0, right = a->window_right >= 0;
-    fa_sm90_band(a, &p->lo_shift, &p->hi_shift);
+    fa_args with_lengths = *a;
+    with_lengths.bottom_right = false;
+    fa_sm90_band(p->mod.options & FA_MOD_LENGTHS ? &with_lengths : a, &p->lo_shift, &p->hi_shift);
     fill_order(p, f, left, right, resident);
 }
 
@@ -156,6 +218,10 @@ static void fill_memory(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_i
     p->row_lse = (float *)(workspace + w.row_lse);
     p->row_delta = (float *)(workspace + w.row_delta);
     p->turn = (uint32_t *)(workspace + w.turn);
+    p->mod.maps = (CUtensorMap *)(workspace + w.maps);
+    p->mod.bits = (uint64_t *)(workspace + w.bits);
+    if (a->window_left >= 0 || a->window_right >= 0 || (p->mod.options & FA_MOD_BITS)) /* some pairs are hidden */
+        p->spoilt = (uint32_t *)(workspace + w.spoilt);
     p->out = view_of(&a->out);
     p->dout = view_of(&a->dout);
     p->lse = view_of(&a->lse);
@@ -163,6 +229,79 @@ static void fill_memory(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_i
     p->dq = view_of(&a->dq);
     p->dk = view_of(&a->dk);
     p->dv = view_of(&a->dv);
+}
+
+/* ---- options of the mod instances -------------------------------------------------------------------------------- */
+
+static int64_t stride_or_0(const fa_tensor *t, int dim)
+{
+    return is_broadcast(t, dim) ? 0 : t->stride[dim];
+}
+
+static fa_bwd_lengths lengths_of(const fa_tensor *t)
+{
+    fa_bwd_lengths l = {t->data, t->stride[0], t->dtype == FA_I64};
+    return l;
+}
+
+static int32_t options_of(const fa_args *a)
+{
+    bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
+    return (a->q_seqlens.data || a->kv_seqlens.data ? FA_MOD_LENGTHS : 0) | (bits ? FA_MOD_BITS : 0) |
+           (bias ? FA_MOD_BIAS : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) | (a->alibi.data ? FA_MOD_ALIBI : 0) |
+           (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
+}
+
+static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
+{
+    int64_t words[4];
+    words_of(a, f, words);
+    m->bits_key = words[3] > 2;
+    m->bits_block = words[2] > 1 ? words[3] : 0;
+    m->bits_head = words[1] > 1 ? words[2] * words[3] : 0;
+    m->bits_batch = words[0] > 1 ? words[1] * words[2] * words[3] : 0;
+    m->mask = a->mask.data;
+    m->f32 = a->mask.dtype == FA_F32;
+    m->mask_batch = stride_or_0(&a->mask, 0);
+    m->mask_head = stride_or_0(&a->mask, 1);
+    m->mask_query = stride_or_0(&a->mask, 2);
+    m->mask_key = stride_or_0(&a->mask, 3);
+}
+
+static void fill_dmask(fa_bwd_mod *m, const fa_tensor *d)
+{
+    m->dmask = d->data;
+    m->dmask_batches = (int32_t)d->size[0];
+    m->dmask_heads = (int32_t)d->size[1];
+    m->dmask_batch = d->stride[0];
+    m->dmask_head = d->stride[1];
+    m->dmask_query = d->stride[2];
+    m->dmask_key = d->stride[3];
+    m->dmask_vectors = d->dtype != FA_F32 && rows_of_16_bytes(d, 1);
+}
+
+static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
+{
+    m->options = options_of(a);
+    m->q_len = lengths_of(&a->q_seqlens);
+    m->k_len = lengths_of(&a->kv_seqlens);
+    m->bottom_right = a->bottom_right;
+    m->left = a->window_left >= 0;
+    m->right = a->window_right >= 0;
+    if (a->mask.data)
+        fill_mask(m, a, f);
+    if (a->dmask.data)
+        fill_dmask(m, &a->dmask);
+    m->cap = (float)(a->softcap * 1.4426950408889634);
+    m->cap_scale = (float)(a->softcap > 0 ? a->scale / a->softcap : 0);
+    m->alibi = a->alibi.data;
+    m->alibi_f32 = a->alibi.dtype == FA_F32;
+    m->alibi_batch = stride_or_0(&a->alibi, 0);
+    m->alibi_head = a->alibi.stride[1];
+    m->seed = a->dropout_seed;
+    m->threshold = fa_dropout_threshold(a->dropout_p);
+    m->first_head = (uint32_t)(a->first_batch * a->q.size[1]);
+    m->keep = (float)(1 / (1 - a->dropout_p));
 }
 
 /* Without queries or without keys nothing is loaded. */
@@ -175,13 +314,54 @@ static fa_status fill_maps(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm9
     return fa_sm90_encode(f->name, maps, p->SQ == 0 || p->SK == 0 ? 0 : 4, err);
 }
 
-static cudaError_t launch_main(fa_bwd_sm90_params *p, const fa_sm90_instance *f, cudaStream_t stream)
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
+
+static cudaError_t launch(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, int64_t blocks, cudaStream_t stream)
 {
-    if (p->k_blocks == 0)
+    if (blocks == 0)
         return cudaSuccess;
-    void *arguments[] = {p};
-    dim3 grid((unsigned)((int64_t)p->B * p->HK * p->k_blocks)), block((unsigned)f->threads);
+    void *arguments[] = {(void *)p};
+    dim3 grid((unsigned)blocks), block((unsigned)f->threads);
     return cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
+}
+
+static fa_status launch_gradients(const fa_args *a, const fa_bwd_sm90_params *p, const fa_sm90_instance *f,
+                                  const fa_bwd_row_numbers *rows, cudaStream_t stream, fa_error *err)
+{
+    if (!p->dq.data && !p->dk.data && !p->dv.data)
+        return FA_OK;
+    cudaError_t e = launch(p, f, (int64_t)p->B * p->HK * p->k_blocks, stream);
+    if (e == cudaSuccess && p->dq.data)
+        e = fa_bwd_post_launch(p, f->dtype, f->D, stream);
+    if (e != cudaSuccess)
+        return fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+    return p->spoilt ? fa_bwd_repair_launch(a, rows, p->spoilt, stream, err) : FA_OK;
+}
+
+/* A mask that is broadcast along queries or keys is left to the kernels of sm_80. */
+static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, const fa_bwd_row_numbers *rows,
+                              cudaStream_t stream, fa_error *err)
+{
+    if (a->mask.size[2] != p->SQ || a->mask.size[3] != p->SK || p->SQ == 0 || p->SK == 0)
+        return fa_dmask_sm80_launch(a, rows, stream, err);
+    const fa_sm90_instance *f = instance_for(a, FA_KIND_DMASK);
+    int processors;
+    fa_status status = fa_sm90_prepare(f, &processors, err);
+    if (status != FA_OK)
+        return status;
+    int64_t tiles = blocks_of(p->SQ, f->BM) * blocks_of(p->SK, f->BN);
+    cudaError_t e = launch(p, f, a->mask.size[0] * a->mask.size[1] * tiles, stream);
+    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+}
+
+static fa_status fill(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_instance *f, char *workspace,
+                      int processors, fa_error *err)
+{
+    fill_sizes(p, a, f);
+    fill_mod(&p->mod, a, f);
+    fill_band(p, a, f, processors);
+    fill_memory(p, a, f, workspace);
+    return fill_maps(p, a, f, err);
 }
 
 extern "C" fa_status fa_bwd_sm90_launch(const fa_args *a, void *workspace, cudaStream_t stream, fa_error *err)
@@ -192,16 +372,17 @@ extern "C" fa_status fa_bwd_sm90_launch(const fa_args *a, void *workspace, cudaS
     fa_status status = fa_sm90_prepare(f, &processors, err);
     if (status != FA_OK || a->q.size[0] * a->k.size[1] == 0)
         return status;
-    fill_sizes(&p, a, f);
-    fill_band(&p, a, f, processors);
-    fill_memory(&p, a, f, (char *)workspace);
-    status = fill_maps(&p, a, f, err);
+    status = fill(&p, a, f, (char *)workspace, processors, err);
     if (status != FA_OK)
         return status;
     cudaError_t e = fa_bwd_pre_launch(&p, f->dtype, stream);
-    if (e == cudaSuccess)
-        e = launch_main(&p, f, stream);
-    if (e == cudaSuccess && p.dq.data)
-        e = fa_bwd_post_launch(&p, f->dtype, f->D, stream);
-    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+    if (e != cudaSuccess)
+        return fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+    const fa_bwd_row_numbers rows = {p.row_lse, p.row_delta, (int64_t)p.q_blocks * p.BM};
+    status = launch_gradients(a, &p, f, &rows, stream, err);
+    if (status == FA_OK && a->dmask.data)
+        status = launch_dmask(a, &p, &rows, stream, err);
+    if (status == FA_OK && a->dsinks.data)
+        status = fa_dsinks_launch(a, &rows, stream, err);
+    return status;
 }

@@ -13,46 +13,55 @@
 #ifndef FA_BWD_SM90_CUH
 #define FA_BWD_SM90_CUH
 
-#include "../ptx/tma.cuh"
+#include "bwd_sm90_copy.cuh"
 #include "bwd_sm90_dq.cuh"
 #include "bwd_sm90_pair.cuh"
 #include "bwd_sm90_split.cuh"
 
 /* ---- producer: one thread starts every copy ---------------------------------------------------------------------- */
 
-template <int ROWS, int COLUMNS, typename T>
-__device__ __forceinline__ void fa_load_tile(T *to, const CUtensorMap *map, uint64_t *bar, int row, int head, int batch)
+/* Plain instances know no lengths. */
+template <class C>
+__device__ __forceinline__ const CUtensorMap *fa_loaded_map(const fa_bwd_sm90_params &p, const CUtensorMap *whole, int b,
+                                                            int which)
 {
-#pragma unroll
-    for (int panel = 0; panel < COLUMNS / 64; panel++)
-        fa_tma_load_4d(to + panel * (64 * ROWS), map, bar, 64 * panel, row, head, batch);
+    return C::MOD ? fa_map_of(p, whole, b, which) : whole;
 }
 
 template <class C>
 __device__ __forceinline__ void fa_load_keys(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s,
                                              const fa_bwd_unit &u)
 {
+    const CUtensorMap *k = fa_loaded_map<C>(p, &p.k_map, u.b, FA_MAP_K), *v = fa_loaded_map<C>(p, &p.v_map, u.b, FA_MAP_V);
     int row = u.walk.n * C::BN;
     fa_mbar_expect(&s.bar[FA_BAR_K_FULL], sizeof(s.k));
-    fa_load_tile<C::BN, C::D>(s.k, &p.k_map, &s.bar[FA_BAR_K_FULL], row, u.hk * p.k_steps[0], u.b * p.k_steps[1]);
+    fa_load_tile<C::BN, C::D>(s.k, k, &s.bar[FA_BAR_K_FULL], row, u.hk * p.k_steps[0], u.b * p.k_steps[1]);
     fa_mbar_expect(&s.bar[FA_BAR_V_FULL], sizeof(s.v));
-    fa_load_tile<C::BN, C::DV>(s.v, &p.v_map, &s.bar[FA_BAR_V_FULL], row, u.hk * p.v_steps[0], u.b * p.v_steps[1]);
+    fa_load_tile<C::BN, C::DV>(s.v, v, &s.bar[FA_BAR_V_FULL], row, u.hk * p.v_steps[0], u.b * p.v_steps[1]);
 }
 
 template <class C>
 __device__ __forceinline__ void fa_load_queries(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s,
-                                                const fa_bwd_unit &u, const fa_bwd_step &at)
+                                                const fa_bwd_unit &u, const fa_bwd_step &at, const CUtensorMap *q,
+                                                const CUtensorMap *dout)
 {
+    uint32_t bytes = sizeof(s.q[0]) + sizeof(s.lse[0]);
     int stage = fa_stage_of(at.t);
     int64_t row = fa_query_block(p, u, at) * C::BM;
     uint64_t *q_full = &s.bar[FA_BAR_Q_FULL + stage], *do_full = &s.bar[FA_BAR_DO_FULL + stage];
     fa_mbar_wait(&s.bar[FA_BAR_EMPTY + stage], fa_parity_of(at.t) ^ 1);
     s.query[stage] = at.m * C::BM;
-    fa_mbar_expect(q_full, sizeof(s.q[0]) + sizeof(s.lse[0]));
-    fa_load_tile<C::BM, C::D>(s.q[stage], &p.q_map, q_full, at.m * C::BM, at.head * p.q_steps[0], u.b * p.q_steps[1]);
+    if constexpr (C::MOD) {
+        fa_describe_head<C>(p, s, u, at.head, stage);
+        bytes += fa_bits_bytes<C>(p.mod);
+    }
+    fa_mbar_expect(q_full, bytes);
+    fa_load_tile<C::BM, C::D>(s.q[stage], q, q_full, at.m * C::BM, at.head * p.q_steps[0], u.b * p.q_steps[1]);
     fa_bulk_load(s.lse[stage], p.row_lse + row, sizeof(s.lse[0]), q_full);
+    if constexpr (C::MOD)
+        fa_load_bits<C>(p.mod, s, u, at, stage, q_full);
     fa_mbar_expect(do_full, sizeof(s.dout[0]) + sizeof(s.delta[0]));
-    fa_load_tile<C::BM, C::DV>(s.dout[stage], &p.dout_map, do_full, at.m * C::BM, at.head * p.dout_steps[0],
+    fa_load_tile<C::BM, C::DV>(s.dout[stage], dout, do_full, at.m * C::BM, at.head * p.dout_steps[0],
                                u.b * p.dout_steps[1]);
     fa_bulk_load(s.delta[stage], p.row_delta + row, sizeof(s.delta[0]), do_full);
 }
@@ -60,9 +69,11 @@ __device__ __forceinline__ void fa_load_queries(const fa_bwd_sm90_params &p, fa_
 template <class C>
 __device__ __forceinline__ void fa_produce(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
 {
+    const CUtensorMap *q = fa_loaded_map<C>(p, &p.q_map, u.b, FA_MAP_Q);
+    const CUtensorMap *dout = fa_loaded_map<C>(p, &p.dout_map, u.b, FA_MAP_DOUT);
     fa_load_keys<C>(p, s, u);
     for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at))
-        fa_load_queries<C>(p, s, u, at);
+        fa_load_queries<C>(p, s, u, at, q, dout);
 }
 
 /* ---- kernel ------------------------------------------------------------------------------------------------------ */

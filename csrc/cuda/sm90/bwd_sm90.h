@@ -1,5 +1,4 @@
-/* Backward attention on Hopper (compute capability 9.0): bf16 and fp16, causal, windows, grouped heads; the same bits
- * in every run. */
+/* Backward attention on Hopper (compute capability 9.0): bf16 and fp16; the same bits in every run. */
 #ifndef FA_BWD_SM90_H
 #define FA_BWD_SM90_H
 
@@ -15,14 +14,13 @@ extern "C" {
  *   - D and DV multiples of 8 up to 256; q, k, v, out, dout, dq, dk, dv with last strides 1, other strides of sizes
  *     above 1 multiples of 8 and positive (on inputs also 0, a broadcast, of heads and batch), data
  *     aligned to 16 bytes;
- *   - none of mask, softcap, sinks, alibi, lengths, dropout, packed sequences, pages.
- * Keys and values that a query does not see may be anything finite. NaN or infinity in them reaches dQ of the queries
- * in the same 64 or 128 rows, and NaN in a query dK of keys in the same 64 or 128: where hidden rows may hold those,
- * another kernel has to run. What lies past SQ or SK is never read. */
+ *   - every option but packed sequences, pages, and dropout of everything.
+ * What lies past SQ or SK, or past a length, is never read. */
 bool fa_bwd_sm90_can(const fa_args *a);
 
 /* Bytes of workspace: dQ in fp32 and two rows of fp32 per query, both with SQ rounded up to the block and D to the
- * kernel's, and one flag per block of queries. */
+ * kernel's, and one flag per block of queries; with lengths four tensor maps per batch; a bool mask as bits, not
+ * broadcast. */
 size_t fa_bwd_sm90_workspace(const fa_args *a);
 
 /* Starts the kernels on the stream. workspace is aligned to 256 bytes and needs no initial value. */
@@ -32,7 +30,7 @@ fa_status fa_bwd_sm90_launch(const fa_args *a, void *workspace, cudaStream_t str
 const fa_sm90_instance *fa_bwd_sm90_choose(const fa_args *a);
 const fa_sm90_instance *fa_bwd_sm90_instance_at(int i);
 
-/* row_lse, row_delta and turn from lse, out, dout and dlse. */
+/* row_lse, row_delta and turn from lse, out, dout and dlse; with their options, maps and bits. */
 cudaError_t fa_bwd_pre_launch(const fa_bwd_sm90_params *p, fa_dtype dtype, cudaStream_t stream);
 /* dq from dq_sum, whose rows have D columns. */
 cudaError_t fa_bwd_post_launch(const fa_bwd_sm90_params *p, fa_dtype dtype, int D, cudaStream_t stream);

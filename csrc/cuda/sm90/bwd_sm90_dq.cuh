@@ -27,7 +27,7 @@ __device__ __forceinline__ void fa_await_turns(const fa_bwd_sm90_params &p, fa_b
 {
     for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at)) {
         int64_t block = fa_query_block(p, u, at);
-        uint32_t turn = fa_turn_of(p, u.walk, at.m);
+        uint32_t turn = fa_turn_of(p, u.band, u.walk, at.m);
         if (turn > 0)
             fa_await_turn(p.turn + block, turn);
         if (at.t > 0)
@@ -47,7 +47,7 @@ __device__ __forceinline__ void fa_signal_turns(const fa_bwd_sm90_params &p, fa_
                                                 const fa_bwd_unit &u)
 {
     for (fa_bwd_step at = fa_first_step(p, u); at.t < u.steps; fa_next_step(p, u, at)) {
-        uint32_t *flag = p.turn + fa_query_block(p, u, at), turn = fa_turn_of(p, u.walk, at.m);
+        uint32_t *flag = p.turn + fa_query_block(p, u, at), turn = fa_turn_of(p, u.band, u.walk, at.m);
         fa_mbar_wait(&s.bar[FA_BAR_ADDED + fa_stage_of(at.t)], fa_parity_of(at.t));
         fa_store_release(flag, turn + 1);
         *(volatile int *)&s.signalled = at.t + 1;

@@ -4,12 +4,21 @@
 
 #include "bwd_sm90.cuh"
 #include "bwd_sm90.h"
+#include "bwd_sm90_dmask.cuh"
 
-#define FA_BWD_SM90_INSTANCE(NAME, T, DTYPE, D, DV, BM, BN)                                                            \
-    extern "C" const fa_sm90_instance NAME = {                                                                     \
-        #NAME, DTYPE, D, DV, BM, BN, fa_bwd_sm90_config<T, D, DV, BM, BN>::THREADS,                                    \
-        (int)sizeof(fa_bwd_sm90_shared<fa_bwd_sm90_config<T, D, DV, BM, BN>>),                                         \
-        (const void *)fa_bwd_sm90_kernel<fa_bwd_sm90_config<T, D, DV, BM, BN>>,                                        \
+#define FA_BWD_SM90_INSTANCE(NAME, T, DTYPE, D, DV, BM, BN, MOD)                                                       \
+    extern "C" const fa_sm90_instance NAME = {                                                                         \
+        #NAME, DTYPE, D, DV, BM, BN, fa_bwd_sm90_config<T, D, DV, BM, BN, MOD>::THREADS,                               \
+        (int)sizeof(fa_bwd_sm90_shared<fa_bwd_sm90_config<T, D, DV, BM, BN, MOD>>),                                    \
+        (const void *)fa_bwd_sm90_kernel<fa_bwd_sm90_config<T, D, DV, BM, BN, MOD>>,                                   \
+    };
+
+/* The gradient of the mask, beside the mod instance of these sizes. */
+#define FA_DMASK_SM90_INSTANCE(NAME, T, DTYPE, D, DV, BM, BN)                                                          \
+    extern "C" const fa_sm90_instance NAME = {                                                                         \
+        #NAME, DTYPE, D, DV, 128, BN, fa_dmask_config<fa_bwd_sm90_config<T, D, DV, BM, BN, true>>::THREADS,            \
+        (int)sizeof(fa_dmask_shared<fa_dmask_config<fa_bwd_sm90_config<T, D, DV, BM, BN, true>>>),                     \
+        (const void *)fa_dmask_sm90_kernel<fa_dmask_config<fa_bwd_sm90_config<T, D, DV, BM, BN, true>>>,               \
     };
 
 #endif

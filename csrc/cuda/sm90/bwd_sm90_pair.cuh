@@ -2,20 +2,49 @@
 #ifndef FA_BWD_SM90_PAIR_CUH
 #define FA_BWD_SM90_PAIR_CUH
 
-#include "bwd_sm90_tile.cuh"
+#include "bwd_sm90_mod.cuh"
+
+/* Of the weights of dS; only this thread reads them. */
+template <class C> __device__ __forceinline__ uint4 *fa_pair_place(fa_bwd_sm90_shared<C> &sh)
+{
+    return &sh.p[threadIdx.x / FA_WARPGROUP - FA_WARPGROUP_FIRST][0][threadIdx.x % FA_WARPGROUP];
+}
+
+/* s holds S of step t; w <- P. */
+template <class C>
+__device__ __forceinline__ void fa_pair_weights(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
+                                                uint32_t (&w)[C::BM / 4])
+{
+    if constexpr (!C::MOD) {
+        fa_weights<C>(p, sh, u, t, key0, s);
+        fa_round<C>(w, s);
+    } else {
+        fa_mod_weights<C>(p, sh, u, t, key0, s, w);
+        if (p.mod.options & FA_MOD_TWO_WEIGHTS)
+            fa_round_weights<C>(p, sh, t, key0, s, w, fa_pair_place(sh));
+        else
+            fa_round<C>(w, s);
+    }
+}
 
 /* From P of step t to dS, in w. */
 template <class C>
-__device__ __forceinline__ void fa_pair_gradient(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int t,
-                                                 float (&dp)[C::BM / 2], uint32_t (&w)[C::BM / 4],
-                                                 fa_gradient<C::DV> &dv)
+__device__ __forceinline__ void fa_pair_gradient(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                 const fa_bwd_keys<C> &c, int t, float (&dp)[C::BM / 2],
+                                                 uint32_t (&w)[C::BM / 4], fa_gradient<C::DV> &dv)
 {
     fa_start_value_scores<C>(sh, c, dp, t);
     fa_start_values<C>(c, t, w, dv);
     fa_wgmma_wait<0>();
     fa_wgmma_hold(dp);
     dv.hold();
-    fa_score_gradient<C>(dp, w, sh.delta[fa_stage_of(t)]);
+    if (C::MOD && (p.mod.options & FA_MOD_TWO_WEIGHTS)) {
+        fa_fetch_weights<C>(w, fa_pair_place(sh));
+        fa_signed_score_gradient<C>(dp, w, sh.delta[fa_stage_of(t)], p.mod.keep);
+    } else {
+        fa_score_gradient<C>(dp, w, sh.delta[fa_stage_of(t)]);
+    }
     fa_round<C>(w, dp);
 }
 
@@ -39,16 +68,15 @@ __device__ __forceinline__ void fa_start_keys_shared(fa_bwd_sm90_shared<C> &sh, 
 /* From dS of step t, in w, to P of step t + 1. */
 template <class C>
 __device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                             const fa_bwd_keys<C> &c, int t, int key0, float (&s)[C::BM / 2],
-                                             uint32_t (&w)[C::BM / 4], fa_gradient<C::D> &dk)
+                                             const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int t, int key0,
+                                             float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4], fa_gradient<C::D> &dk)
 {
     fa_start_scores<C>(sh, c, s, t + 1);
     if constexpr (C::KEYS_FROM_SHARED) {
         fa_hand_over_ds<C>(sh, t, w, c.row);
         fa_start_keys_shared<C>(sh, c, t, dk);
         fa_wgmma_wait<1>();
-        fa_weights<C>(p, sh, t + 1, key0, s);
-        fa_round<C>(w, s);
+        fa_pair_weights<C>(p, sh, u, t + 1, key0, s, w);
         fa_settle(w);
         fa_wgmma_wait<0>();
         dk.hold();
@@ -59,8 +87,7 @@ __device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd
         fa_wgmma_wait<0>();
         dk.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_weights<C>(p, sh, t + 1, key0, s);
-        fa_round<C>(w, s);
+        fa_pair_weights<C>(p, sh, u, t + 1, key0, s, w);
     }
 }
 
@@ -76,21 +103,20 @@ __device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd
  * Without KEYS_FROM_SHARED dK t takes dS from registers that P of the next step needs: it is waited for with S t+1. */
 template <class C>
 __device__ __forceinline__ void fa_pair_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                              const fa_bwd_keys<C> &c, int key0, int steps, fa_gradient<C::D> &dk,
-                                              fa_gradient<C::DV> &dv)
+                                              const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int key0,
+                                              fa_gradient<C::D> &dk, fa_gradient<C::DV> &dv)
 {
     uint32_t w[C::BM / 4];
     float s[C::BM / 2];
     int t = 0;
     fa_start_scores<C>(sh, c, s, 0);
     fa_wgmma_wait<0>();
-    fa_weights<C>(p, sh, 0, key0, s);
-    fa_round<C>(w, s);
-    for (; t < steps - 1; t++) {
-        fa_pair_gradient<C>(sh, c, t, s, w, dv);
-        fa_pair_next<C>(p, sh, c, t, key0, s, w, dk);
+    fa_pair_weights<C>(p, sh, u, 0, key0, s, w);
+    for (; t < u.steps - 1; t++) {
+        fa_pair_gradient<C>(p, sh, c, t, s, w, dv);
+        fa_pair_next<C>(p, sh, u, c, t, key0, s, w, dk);
     }
-    fa_pair_gradient<C>(sh, c, t, s, w, dv);
+    fa_pair_gradient<C>(p, sh, c, t, s, w, dv);
     fa_start_keys<C>(c, t, w, dk);
     fa_hand_over_ds<C>(sh, t, w, c.row);
     fa_wgmma_wait<0>();
@@ -110,10 +136,10 @@ __device__ __forceinline__ void fa_consume_pair(const fa_bwd_sm90_params &p, fa_
     if (u.steps > 0) {
         fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
         fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
-        fa_pair_steps<C>(p, sh, c, key0, u.steps, dk, dv);
+        fa_pair_steps<C>(p, sh, u, c, key0, dk, dv);
     }
-    fa_store_gradient<C, C::DV>(p.dv, u, dv, 1.f, key0, p.SK, p.DV);
-    fa_store_gradient<C, C::D>(p.dk, u, dk, p.scale, key0, p.SK, p.D);
+    fa_store_gradient<C, C::DV>(p, p.dv, u, dv, C::MOD ? p.mod.keep : 1.f, key0, p.DV);
+    fa_store_gradient<C, C::D>(p, p.dk, u, dk, p.scale, key0, p.D);
 }
 
 #endif

@@ -3,6 +3,7 @@
 #define FA_BWD_SM90_PARAMS_H
 
 #include <cuda.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 typedef struct fa_bwd_sm90_view {
@@ -22,7 +23,59 @@ typedef struct fa_bwd_sm90_view {
  * same time, and are chosen only where the device holds so many. */
 enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN };
 
-/* Query i sees the keys i + lo_shift <= j < i + hi_shift of 0 .. SK - 1. */
+/* Query i of 0 .. SQ - 1 sees the keys i + lo_shift <= j < i + hi_shift of 0 .. SK - 1. */
+typedef struct fa_bwd_band {
+    int32_t SQ, SK, lo_shift, hi_shift;
+} fa_bwd_band;
+
+/* One number per batch, 32 or 64 bits wide; data NULL: as long as the tensor. */
+typedef struct fa_bwd_lengths {
+    const void *data;
+    int64_t step;
+    bool wide;
+} fa_bwd_lengths;
+
+/* What a mod instance can do, one by one. */
+enum {
+    FA_MOD_LENGTHS = 1,
+    FA_MOD_BITS = 2, /* a bool mask */
+    FA_MOD_BIAS = 4, /* a float mask */
+    FA_MOD_CAP = 8,
+    FA_MOD_ALIBI = 16,
+    FA_MOD_DROPOUT = 32,
+    FA_MOD_TWO_WEIGHTS = FA_MOD_CAP | FA_MOD_DROPOUT, /* those of dS differ from those of dV */
+};
+
+enum { FA_MAP_Q, FA_MAP_DOUT, FA_MAP_K, FA_MAP_V, FA_MAPS };
+
+/* Strides in elements; 0 where a tensor is broadcast. */
+typedef struct fa_bwd_mod {
+    int32_t options;
+    /* LENGTHS: shifts above are for an offset of 0; maps: the four of each batch, with its lengths as sizes */
+    fa_bwd_lengths q_len, k_len;
+    bool bottom_right, left, right;
+    CUtensorMap *maps; /* (B, FA_MAPS) */
+    /* BITS: bit q % 64 of word (b, h, q / 64, k); strides in words */
+    uint64_t *bits;
+    int64_t bits_batch, bits_head, bits_block;
+    int32_t bits_key;
+    /* either mask as it was given; f32: fp32, else the dtype of q */
+    const void *mask;
+    int64_t mask_batch, mask_head, mask_query, mask_key;
+    bool f32;
+    void *dmask; /* its gradient, of the same type; NULL: not wanted */
+    int64_t dmask_batch, dmask_head, dmask_query, dmask_key;
+    int32_t dmask_batches, dmask_heads; /* its sizes */
+    bool dmask_vectors;                 /* of 16 bytes along the keys can be stored */
+    float cap, cap_scale; /* CAP: scores are cap * tanh(cap_scale * q k), in units of log2 */
+    const void *alibi;
+    int64_t alibi_batch, alibi_head;
+    bool alibi_f32;
+    uint64_t seed; /* DROPOUT */
+    uint32_t threshold, first_head;
+    float keep; /* 1 / (1 - p), 1 without dropout */
+} fa_bwd_mod;
+
 typedef struct fa_bwd_sm90_params {
     CUtensorMap q_map, k_map, v_map, dout_map; /* dimensions (D, S, H, B) */
     int32_t q_steps[2], k_steps[2], v_steps[2], dout_steps[2]; /* per head and batch: 0 where the stride is 0 */
@@ -32,11 +85,13 @@ typedef struct fa_bwd_sm90_params {
     float *dq_sum;              /* (B, HQ, q_blocks, BM / 64, D / 8, 128, 4) fp32,
         as the accumulators lie in a warpgroup */
     uint32_t *turn;             /* (B, HQ, q_blocks): key blocks that have added to this block of dQ */
+    uint32_t *spoilt;           /* becomes 1 where a sum is not finite; NULL where nothing is hidden */
     int32_t B, HQ, HK, group, SQ, SK, D, DV;
     int32_t q_blocks, k_blocks, BM, BN;
     int32_t order, ring, heads_together; /* key blocks in a ring; heads whose thread blocks start in turn */
     int32_t lo_shift, hi_shift;
     float scale, scale_log2; /* scale, scale * log2 e */
+    fa_bwd_mod mod;
 } fa_bwd_sm90_params;
 
 #endif

@@ -7,12 +7,14 @@
 #include "../ptx/wgmma.cuh"
 #include "bwd_sm90_walk.cuh"
 
-/* T: element; head dimensions D and DV, multiples of 64; blocks of BM queries and BN keys.
+/* T: element; head dimensions D and DV, multiples of 64; blocks of BM queries and BN keys. MOD: masks, softcap, ALiBi,
+ * lengths and dropout (bwd_sm90_mod.cuh).
  * BN = 128: two warpgroups of 64 keys, each with all of S, P, dP, dS, dV and dK of its keys.
  * BN = 64: one warpgroup has S, P and dV, the other dP, dS and dK; P goes from one to the other. */
-template <typename T_, int D_, int DV_, int BM_, int BN_> struct fa_bwd_sm90_config {
+template <typename T_, int D_, int DV_, int BM_, int BN_, bool MOD_> struct fa_bwd_sm90_config {
     using T = T_;
     static constexpr int D = D_, DV = DV_, BM = BM_, BN = BN_;
+    static constexpr bool MOD = MOD_;
     static constexpr bool SPLIT = BN == 64;
     static constexpr bool KEYS_FROM_SHARED = D > 64;
     static constexpr int STAGES = 2;               /* blocks of Q and of dO in flight */
@@ -48,6 +50,16 @@ struct fa_dq_target {
     int first;  /* nothing was added to it yet */
 };
 
+/* What a mod instance knows of the query head in each stage. */
+template <class C, bool MOD> struct fa_bwd_mod_shared {};
+
+template <class C> struct fa_bwd_mod_shared<C, true> {
+    alignas(16) uint64_t bits[2][C::BM / 64][C::BN]; /* [stage][64 queries][key] of a bool mask */
+    const void *mask[2];                             /* element (0, 0) of a float mask */
+    int head[2];
+    float slope[2];                                  /* ALiBi, in units of log2 */
+};
+
 /* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. ds: rows are keys, columns queries. */
 template <class C> struct fa_bwd_sm90_shared {
     alignas(1024) typename C::T k[C::BN * C::D];
@@ -55,19 +67,21 @@ template <class C> struct fa_bwd_sm90_shared {
     alignas(1024) typename C::T q[C::STAGES][C::BM * C::D];
     alignas(1024) typename C::T dout[C::STAGES][C::BM * C::DV];
     alignas(1024) typename C::T ds[2][C::BM * C::BN];
-    /* P, SPLIT only: [stage][i][thread] holds registers 4 i .. 4 i + 3 */
-    alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][FA_WARPGROUP];
+    /* P; [stage][i][thread] holds registers 4 i .. 4 i + 3. Where not SPLIT: the weights of dS, of each warpgroup */
+    alignas(16) uint4 p[C::SPLIT || C::MOD ? 2 : 1][C::SPLIT || C::MOD ? C::BM / 16 : 1][FA_WARPGROUP];
     alignas(16) float lse[C::STAGES][C::BM];
     alignas(16) float delta[C::STAGES][C::BM];
     int query[C::STAGES];    /* first query of the block in this stage */
     fa_dq_target dq;         /* where the next dQ goes */
     int signalled;           /* steps whose dQ other thread blocks can see */
     uint64_t bar[FA_BARS];
+    fa_bwd_mod_shared<C, C::MOD> mod;
 };
 
 /* What a thread block works on. */
 struct fa_bwd_unit {
     int b, hk; /* batch, key head */
+    fa_bwd_band band;
     fa_walk walk;
     int steps; /* query blocks, all heads of the group */
 };
@@ -84,7 +98,8 @@ template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const f
     fa_bwd_unit u;
     u.b = head / p.HK;
     u.hk = head - u.b * p.HK;
-    u.walk = fa_walk_of(p, ring0 + at % size, ring0, size, C::BM, C::BN);
+    u.band = C::MOD ? fa_band_of(p, u.b) : fa_whole_band(p);
+    u.walk = fa_walk_of(u.band, ring0 + at % size, ring0, size, C::BM, C::BN);
     u.steps = p.group * fa_walk_steps(u.walk);
     return u;
 }

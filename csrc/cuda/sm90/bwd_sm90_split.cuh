@@ -2,7 +2,7 @@
 #ifndef FA_BWD_SM90_SPLIT_CUH
 #define FA_BWD_SM90_SPLIT_CUH
 
-#include "bwd_sm90_tile.cuh"
+#include "bwd_sm90_mod.cuh"
 
 /* P from one warpgroup to the other; a thread reads what the thread of the same place wrote. */
 template <class C>
@@ -21,14 +21,29 @@ __device__ __forceinline__ void fa_take_weights(fa_bwd_sm90_shared<C> &sh, int t
 {
     int stage = fa_stage_of(t);
     fa_mbar_wait(&sh.bar[FA_BAR_P_FULL + stage], fa_parity_of(t));
-#pragma unroll
-    for (int i = 0; i < C::BM / 16; i++) {
-        uint4 x = sh.p[stage][i][threadIdx.x % FA_WARPGROUP];
-        w[4 * i] = x.x;
-        w[4 * i + 1] = x.y;
-        w[4 * i + 2] = x.z;
-        w[4 * i + 3] = x.w;
+    fa_fetch_weights<C>(w, &sh.p[stage][0][threadIdx.x % FA_WARPGROUP]);
+}
+
+/* s holds S of step t; w <- P, and the other warpgroup gets its weights. */
+template <class C>
+__device__ __forceinline__ void fa_split_weights(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                 const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
+                                                 uint32_t (&w)[C::BM / 4])
+{
+    if constexpr (C::MOD) {
+        fa_mod_weights<C>(p, sh, u, t, key0, s, w);
+        if (p.mod.options & FA_MOD_TWO_WEIGHTS) {
+            int stage = fa_stage_of(t);
+            fa_mbar_wait(&sh.bar[FA_BAR_P_EMPTY + stage], fa_parity_of(t) ^ 1);
+            fa_round_weights<C>(p, sh, t, key0, s, w, &sh.p[stage][0][threadIdx.x % FA_WARPGROUP]);
+            fa_warp_arrive(&sh.bar[FA_BAR_P_FULL + stage]);
+            return;
+        }
+    } else {
+        fa_weights<C>(p, sh, u, t, key0, s);
     }
+    fa_round<C>(w, s);
+    fa_give_weights<C>(sh, t, w);
 }
 
 /* P and dV. Time runs downwards:
@@ -39,27 +54,23 @@ __device__ __forceinline__ void fa_take_weights(fa_bwd_sm90_shared<C> &sh, int t
  */
 template <class C>
 __device__ __forceinline__ void fa_values_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                                const fa_bwd_keys<C> &c,
-                                                int key0, int steps, fa_gradient<C::DV> &dv)
+                                                const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int key0,
+                                                fa_gradient<C::DV> &dv)
 {
     uint32_t w[C::BM / 4];
     float s[C::BM / 2];
     int t = 0;
     fa_start_scores<C>(sh, c, s, 0);
     fa_wgmma_wait<0>();
-    fa_weights<C>(p, sh, 0, key0, s);
-    fa_round<C>(w, s);
-    fa_give_weights<C>(sh, 0, w);
-    for (; t < steps - 1; t++) {
+    fa_split_weights<C>(p, sh, u, 0, key0, s, w);
+    for (; t < u.steps - 1; t++) {
         fa_start_scores<C>(sh, c, s, t + 1);
         fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
         fa_start_values<C>(c, t, w, dv);
         fa_wgmma_wait<0>();
         dv.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_weights<C>(p, sh, t + 1, key0, s);
-        fa_round<C>(w, s);
-        fa_give_weights<C>(sh, t + 1, w);
+        fa_split_weights<C>(p, sh, u, t + 1, key0, s, w);
     }
     fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
     fa_start_values<C>(c, t, w, dv);
@@ -69,12 +80,16 @@ __device__ __forceinline__ void fa_values_steps(const fa_bwd_sm90_params &p, fa_
 
 /* dP of step t becomes dS. */
 template <class C>
-__device__ __forceinline__ void fa_split_gradient(fa_bwd_sm90_shared<C> &sh, int t, float (&dp)[C::BM / 2])
+__device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh, int t,
+                                                  float (&dp)[C::BM / 2])
 {
     uint32_t weights[C::BM / 4];
     fa_take_weights<C>(sh, t, weights);
     fa_wgmma_hold(dp);
-    fa_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)]);
+    if (C::MOD && (p.mod.options & FA_MOD_TWO_WEIGHTS))
+        fa_signed_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)], p.mod.keep);
+    else
+        fa_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)]);
     fa_warp_arrive(&sh.bar[FA_BAR_P_EMPTY + fa_stage_of(t)]);
 }
 
@@ -85,15 +100,15 @@ __device__ __forceinline__ void fa_split_gradient(fa_bwd_sm90_shared<C> &sh, int
  *   dK t               dS = P o (dP - delta); wait for dK t; hand back the stage of t; round dS
  */
 template <class C>
-__device__ __forceinline__ void fa_gradient_steps(fa_bwd_sm90_shared<C> &sh, const fa_bwd_keys<C> &c, int steps,
-                                                  fa_gradient<C::D> &dk)
+__device__ __forceinline__ void fa_gradient_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                  const fa_bwd_keys<C> &c, int steps, fa_gradient<C::D> &dk)
 {
     uint32_t w[C::BM / 4];
     float dp[C::BM / 2];
     int t = 0;
     fa_start_value_scores<C>(sh, c, dp, 0);
     fa_wgmma_wait<0>();
-    fa_split_gradient<C>(sh, 0, dp);
+    fa_split_gradient<C>(p, sh, 0, dp);
     fa_round<C>(w, dp);
     for (; t < steps - 1; t++) {
         fa_start_value_scores<C>(sh, c, dp, t + 1);
@@ -102,7 +117,7 @@ __device__ __forceinline__ void fa_gradient_steps(fa_bwd_sm90_shared<C> &sh, con
         fa_wgmma_wait<0>();
         dk.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_split_gradient<C>(sh, t + 1, dp);
+        fa_split_gradient<C>(p, sh, t + 1, dp);
         fa_round<C>(w, dp);
     }
     fa_start_keys<C>(c, t, w, dk);
@@ -121,9 +136,9 @@ __device__ __forceinline__ void fa_consume_for_values(const fa_bwd_sm90_params &
     dv.clear();
     if (u.steps > 0) {
         fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
-        fa_values_steps<C>(p, sh, c, key0, u.steps, dv);
+        fa_values_steps<C>(p, sh, u, c, key0, dv);
     }
-    fa_store_gradient<C, C::DV>(p.dv, u, dv, 1.f, key0, p.SK, p.DV);
+    fa_store_gradient<C, C::DV>(p, p.dv, u, dv, C::MOD ? p.mod.keep : 1.f, key0, p.DV);
 }
 
 template <class C>
@@ -135,9 +150,9 @@ __device__ __forceinline__ void fa_consume_for_keys(const fa_bwd_sm90_params &p,
     dk.clear();
     if (u.steps > 0) {
         fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
-        fa_gradient_steps<C>(sh, c, u.steps, dk);
+        fa_gradient_steps<C>(p, sh, c, u.steps, dk);
     }
-    fa_store_gradient<C, C::D>(p.dk, u, dk, p.scale, u.walk.n * C::BN, p.SK, p.D);
+    fa_store_gradient<C, C::D>(p, p.dk, u, dk, p.scale, u.walk.n * C::BN, p.D);
 }
 
 #endif

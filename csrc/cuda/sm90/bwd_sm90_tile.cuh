@@ -6,6 +6,7 @@
 #include "../ptx/shared_store.cuh"
 #include "../tile/store_rows.cuh"
 #include "bwd_sm90_shared.cuh"
+#include "bwd_sm90_spoilt.cuh"
 
 /* S^T or dP^T (64 keys, BM): A = K or V, B = Q or dO, both contiguous along COLUMNS, the summed dimension. */
 template <class C, int COLUMNS>
@@ -68,19 +69,19 @@ __device__ __forceinline__ fa_place fa_place_of(int key0, int query0)
 }
 
 /* Is each of 64 keys from key0 on seen by each of BM queries from query0 on? */
-template <class C> __device__ __forceinline__ bool fa_all_seen(const fa_bwd_sm90_params &p, int key0, int query0)
+template <class C> __device__ __forceinline__ bool fa_all_seen(const fa_bwd_band &band, int key0, int query0)
 {
-    return key0 + 64 <= p.SK && key0 >= query0 + C::BM - 1 + p.lo_shift && key0 + 63 < query0 + p.hi_shift;
+    return key0 + 64 <= band.SK && key0 >= query0 + C::BM - 1 + band.lo_shift && key0 + 63 < query0 + band.hi_shift;
 }
 
 /* Scores that are hidden become -inf (after the multiplication by scale, which may be negative). */
 template <class C>
-__device__ __forceinline__ void fa_hide(const fa_bwd_sm90_params &p, float (&s)[C::BM / 2], fa_place at)
+__device__ __forceinline__ void fa_hide(const fa_bwd_band &band, float (&s)[C::BM / 2], fa_place at)
 {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int key = at.key + 8 * r;
-        int lo = key < p.SK ? key - p.hi_shift + 1 - at.query : INT32_MAX, hi = key - p.lo_shift - at.query;
+        int lo = key < band.SK ? key - band.hi_shift + 1 - at.query : INT32_MAX, hi = key - band.lo_shift - at.query;
 #pragma unroll
         for (int c = 0; c < C::BM / 8; c++) {
 #pragma unroll
@@ -178,8 +179,9 @@ __device__ __forceinline__ void fa_store_ds(typename C::T *to, const uint32_t (&
 }
 
 template <class C, int COLUMNS>
-__device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_view &v, const fa_bwd_unit &u,
-                                                  fa_gradient<COLUMNS> &d, float factor, int key0, int SK, int columns)
+__device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_params &p, const fa_bwd_sm90_view &v,
+                                                  const fa_bwd_unit &u, fa_gradient<COLUMNS> &d, float factor, int key0,
+                                                  int columns)
 {
     if (!v.data)
         return;
@@ -187,8 +189,10 @@ __device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_view &v, con
     typename C::T *to = (typename C::T *)v.data + u.b * v.batch + u.hk * v.head;
     constexpr int N = fa_gradient<COLUMNS>::N;
 #pragma unroll
-    for (int part = 0; part < COLUMNS / N; part++)
-        fa_store_rows<typename C::T, N>(to + part * N, v.row, d.part[part], f, key0, SK, columns - part * N);
+    for (int part = 0; part < COLUMNS / N; part++) {
+        fa_store_rows<typename C::T, N>(to + part * N, v.row, d.part[part], f, key0, p.SK, columns - part * N);
+        fa_note_spoilt(p.spoilt, d.part[part]);
+    }
 }
 
 /* ---- steps of both kinds of consumers: start a product, finish what follows it ----------------------------------- */
@@ -234,16 +238,16 @@ __device__ __forceinline__ void fa_start_scores(fa_bwd_sm90_shared<C> &sh, const
     fa_wgmma_commit();
 }
 
-/* s becomes P of step t. */
+/* From S of step t to P. */
 template <class C>
-__device__ __forceinline__ void fa_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t,
-                                           int key0, float (&s)[C::BM / 2])
+__device__ __forceinline__ void fa_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh,
+                                           const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2])
 {
     int stage = fa_stage_of(t), query0 = sh.query[stage];
     fa_wgmma_hold(s);
     fa_scale_scores<C>(s, sh.lse[stage], p.scale_log2);
-    if (!fa_all_seen<C>(p, key0, query0))
-        fa_hide<C>(p, s, fa_place_of(key0, query0));
+    if (!fa_all_seen<C>(u.band, key0, query0))
+        fa_hide<C>(u.band, s, fa_place_of(key0, query0));
     fa_exponentials<C>(s);
 }
 

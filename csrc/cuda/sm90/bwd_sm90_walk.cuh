@@ -4,17 +4,52 @@
 
 #include "bwd_sm90_params.h"
 
+/* Number b of lengths, cut to 0 .. full. */
+__device__ __forceinline__ int fa_length_of(const fa_bwd_lengths &t, int b, int full)
+{
+    if (!t.data)
+        return full;
+    int64_t x = t.wide ? ((const int64_t *)t.data)[b * t.step] : ((const int32_t *)t.data)[b * t.step];
+    return (int)(x < 0 ? 0 : x > full ? full : x);
+}
+
+__device__ __forceinline__ fa_bwd_band fa_whole_band(const fa_bwd_sm90_params &p)
+{
+    fa_bwd_band band = {p.SQ, p.SK, p.lo_shift, p.hi_shift};
+    return band;
+}
+
+/* The key position of query 0. */
+__device__ __forceinline__ int fa_offset_of(const fa_bwd_sm90_params &p, const fa_bwd_band &band)
+{
+    return p.mod.bottom_right ? band.SK - band.SQ : 0;
+}
+
+/* Sides that are unbounded stay so. */
+__device__ __forceinline__ fa_bwd_band fa_band_of(const fa_bwd_sm90_params &p, int b)
+{
+    fa_bwd_band band = fa_whole_band(p);
+    if (!(p.mod.options & FA_MOD_LENGTHS))
+        return band;
+    band.SQ = fa_length_of(p.mod.q_len, b, p.SQ);
+    band.SK = fa_length_of(p.mod.k_len, b, p.SK);
+    int offset = fa_offset_of(p, band);
+    band.lo_shift += p.mod.left ? offset : 0;
+    band.hi_shift += p.mod.right ? offset : 0;
+    return band;
+}
+
 /* Key block n, of the ring ring0 .. ring0 + size - 1. Query blocks lo .. hi - 1 see some key of it; none when
  * hi <= lo. */
 struct fa_walk {
     int n, ring0, size, lo, hi;
 };
 
-__device__ __forceinline__ fa_walk fa_walk_of(const fa_bwd_sm90_params &p, int n, int ring0, int size, int BM, int BN)
+__device__ __forceinline__ fa_walk fa_walk_of(const fa_bwd_band &band, int n, int ring0, int size, int BM, int BN)
 {
-    int key0 = n * BN, key1 = min(p.SK, key0 + BN) - 1;
-    int first = max(0, key0 - p.hi_shift + 1), end = min(p.SQ, key1 - p.lo_shift + 1);
-    fa_walk w = {n, ring0, size, first / BM, first < end ? (end - 1) / BM + 1 : 0};
+    int key0 = n * BN, key1 = min(band.SK, key0 + BN) - 1;
+    int first = max(0, key0 - band.hi_shift + 1), end = min(band.SQ, key1 - band.lo_shift + 1);
+    fa_walk w = {n, ring0, size, first / BM, first < end && key0 <= key1 ? (end - 1) / BM + 1 : 0};
     return w;
 }
 
@@ -45,22 +80,23 @@ struct fa_key_blocks {
     int lo, hi;
 };
 
-__device__ __forceinline__ fa_key_blocks fa_key_blocks_of(const fa_bwd_sm90_params &p, int m, int BM, int BN)
+__device__ __forceinline__ fa_key_blocks fa_key_blocks_of(const fa_bwd_band &band, int m, int BM, int BN)
 {
-    int last = min(p.SQ, (m + 1) * BM) - 1;
-    int first = max(0, m * BM + p.lo_shift), end = min(p.SK, last + p.hi_shift);
-    fa_key_blocks k = {first / BN, first < end ? (end - 1) / BN + 1 : 0};
+    int last = min(band.SQ, (m + 1) * BM) - 1;
+    int first = max(0, m * BM + band.lo_shift), end = min(band.SK, last + band.hi_shift);
+    fa_key_blocks k = {first / BN, first < end && m * BM <= last ? (end - 1) / BN + 1 : 0};
     return k;
 }
 
 /* How many key blocks add to dQ m before w.n does. */
-__device__ __forceinline__ uint32_t fa_turn_of(const fa_bwd_sm90_params &p, const fa_walk &w, int m)
+__device__ __forceinline__ uint32_t fa_turn_of(const fa_bwd_sm90_params &p, const fa_bwd_band &band, const fa_walk &w,
+                                               int m)
 {
     if (p.order == FA_BWD_ROTATE) {
         int before = (int)((int64_t)m * w.size / p.q_blocks) - (w.n - w.ring0);
         return w.ring0 + (before < 0 ? before + w.size : before);
     }
-    fa_key_blocks k = fa_key_blocks_of(p, m, p.BM, p.BN);
+    fa_key_blocks k = fa_key_blocks_of(band, m, p.BM, p.BN);
     return p.order == FA_BWD_UP ? k.hi - 1 - w.n : w.n - k.lo;
 }
 

@@ -77,7 +77,7 @@ static void plan_backward(const fa_args *a, int device, fa_plan *p)
     plan_instance(a, fa_bwd_sm90_choose(a), p);
     p->tasks = fa_ceil_div(a->k.size[2], p->block_keys) * a->q.size[0] * a->k.size[1];
     p->shared_bytes = fa_bwd_sm90_workspace(a);
-    p->why = "a plain call on Hopper: keys stay, wgmma; the parts of dQ are added in a fixed order";
+    p->why = "Hopper: keys stay, wgmma; the parts of dQ are added in a fixed order";
 }
 
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
@@ -92,4 +92,4 @@ const fa_cuda_family fa_fwd_sm90 = {.target = "sm90", .runs_on = runs_on_hopper,
                                     .launch = launch_forward, .by_name = true};
 const fa_cuda_family fa_bwd_sm90 = {.target = "sm90", .runs_on = runs_on_hopper,
                                     .kernel = kernel_backward, .can = can_backward, .plan = plan_backward,
-                                    .launch = launch_backward, .by_name = true};
+                                    .launch = launch_backward, .by_name = false};

@@ -1,6 +1,7 @@
 /* After backward: dQ = scale * dq_sum, rounded, from the layout of accumulators to rows. */
 #include "../ptx/warpgroup.cuh"
 #include "../sm90/bwd_sm90.h"
+#include "../sm90/bwd_sm90_spoilt.cuh"
 #include "../sm90/bwd_sm90_walk.cuh"
 #include "../tile/store_rows.cuh"
 
@@ -10,7 +11,7 @@ __global__ void __launch_bounds__(FA_WARPGROUP) fa_bwd_post_kernel(const fa_bwd_
 {
     int tiles = p.q_blocks * (p.BM / 64), head = blockIdx.x / tiles, row = (blockIdx.x - head * tiles) * 64;
     int b = head / p.HQ, h = head - b * p.HQ;
-    fa_key_blocks keys = fa_key_blocks_of(p, row / p.BM, p.BM, p.BN);
+    fa_key_blocks keys = fa_key_blocks_of(fa_band_of(p, b), row / p.BM, p.BM, p.BN);
     const float4 *sum = (const float4 *)(p.dq_sum + (int64_t)blockIdx.x * 64 * D) + threadIdx.x;
     float dq[D / 2];
 #pragma unroll
@@ -21,6 +22,7 @@ __global__ void __launch_bounds__(FA_WARPGROUP) fa_bwd_post_kernel(const fa_bwd_
         dq[4 * i + 2] = x.z;
         dq[4 * i + 3] = x.w;
     }
+    fa_note_spoilt(p.spoilt, dq);
     fa_rows_out f = {{p.scale, p.scale}, {0.f, 0.f}, {false, false}};
     T *to = (T *)p.dq.data + b * p.dq.batch + h * p.dq.head;
     fa_store_rows<T, D>(to, p.dq.row, dq, f, row, p.SQ, p.D);

@@ -51,7 +51,8 @@ __device__ static int64_t offset_of(const fa_tensor *t, const row &r)
 
 struct params {
     fa_args a;
-    void *lse2, *delta; /* [B HQ SQ] */
+    void *lse2, *delta; /* [B HQ][rows] */
+    int64_t rows;
     const float *parts;
     int64_t splits;
 };
@@ -94,19 +95,26 @@ size_t fa_bwd_rows_bytes(const fa_args *a)
     return 2 * (size_t)rows_of(a) * (a->q.dtype == FA_F64 ? 8 : 4);
 }
 
-static params params_of(const fa_args *a, const void *workspace)
+fa_bwd_row_numbers fa_bwd_rows_in(const fa_args *a, const void *workspace)
+{
+    return {workspace, (const char *)workspace + fa_bwd_rows_bytes(a) / 2, a->q.size[2]};
+}
+
+static params params_of(const fa_args *a, const fa_bwd_row_numbers *r)
 {
     params p = {};
     p.a = *a;
-    p.lse2 = (void *)workspace;
-    p.delta = (char *)workspace + fa_bwd_rows_bytes(a) / 2;
+    p.lse2 = (void *)r->lse2;
+    p.delta = (void *)r->delta;
+    p.rows = r->rows;
     return p;
 }
 
 fa_status fa_bwd_rows_launch(const fa_args *a, void *workspace, cudaStream_t stream, fa_error *err)
 {
+    const fa_bwd_row_numbers r = fa_bwd_rows_in(a, workspace);
     return fa_launch("fa_bwd_rows", a->q.dtype == FA_F64 ? fa_bwd_rows_kernel<double> : fa_bwd_rows_kernel<float>,
-                     fa_ceil_div(rows_of(a), WARPS), 1, 32 * WARPS, 0, stream, params_of(a, workspace), err);
+                     fa_ceil_div(rows_of(a), WARPS), 1, 32 * WARPS, 0, stream, params_of(a, &r), err);
 }
 
 /* ---- the gradient of the sinks ----------------------------------------------------------------------------------- */
@@ -122,7 +130,7 @@ template <typename S> __global__ void fa_dsinks_kernel(const __grid_constant__ p
     double sum = 0;
     for (int64_t x = threadIdx.x; x < (all ? a->q.size[0] : 1) * SQ; x += 256) {
         const int64_t b = a->cu_q.data ? 0 : all ? x / SQ : row, i = x % SQ;
-        const int64_t at = (b * a->q.size[1] + h) * SQ + i;
+        const int64_t at = (b * a->q.size[1] + h) * p.rows + i;
         if (a->cu_q.data && !all && sequence_of(&a->cu_q, SQ, i) != row)
             continue;
         const double lse2 = ((const S *)p.lse2)[at], sink = fa_per_head(&a->sinks, all ? 0 : row, h);
@@ -139,10 +147,10 @@ template <typename S> __global__ void fa_dsinks_kernel(const __grid_constant__ p
         fa_store(a->dsinks.data, a->dsinks.dtype, row * a->dsinks.stride[0] + h * a->dsinks.stride[1], sSum[0]);
 }
 
-fa_status fa_dsinks_launch(const fa_args *a, const void *workspace, cudaStream_t stream, fa_error *err)
+fa_status fa_dsinks_launch(const fa_args *a, const fa_bwd_row_numbers *r, cudaStream_t stream, fa_error *err)
 {
     return fa_launch("fa_dsinks", a->q.dtype == FA_F64 ? fa_dsinks_kernel<double> : fa_dsinks_kernel<float>,
-                     a->sinks.size[0] * a->q.size[1], 1, 256, 0, stream, params_of(a, workspace), err);
+                     a->sinks.size[0] * a->q.size[1], 1, 256, 0, stream, params_of(a, r), err);
 }
 
 /* ---- the merge of split keys ------------------------------------------------------------------------------------- */

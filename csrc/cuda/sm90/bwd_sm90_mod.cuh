@@ -1,0 +1,326 @@
+/* Weights of the Hopper backward kernel with masks, softcap, ALiBi and dropout: one pass over a tile for each option that
+ * the call has.
+ *
+ * With dropout and softcap dS needs other weights than dV:
+ *   dV += (P kept)^T dO     dS = P' o (keep kept dP - delta),  P' = P d softcap(s) / ds
+ * P' is never negative, so its sign says what is dropped: two matrices in one go through shared memory. The factor
+ * keep = 1 / (1 - p) of dV is applied at the end. */
+#ifndef FA_BWD_SM90_MOD_CUH
+#define FA_BWD_SM90_MOD_CUH
+
+#include <float.h>
+
+#include "../../common/fa_philox.h"
+#include "bwd_sm90_tile.cuh"
+
+#define FA_LOG2E 1.44269504088896f
+
+/* tanh; 4e-7 of its value: a series near 0, where 1 - e would cancel. */
+__device__ __forceinline__ float fa_tanh(float x)
+{
+    float e = fa_exp2(-2.f * FA_LOG2E * fabsf(x)), y = x * x;
+    float far = copysignf((1.f - e) * fa_reciprocal(1.f + e), x);
+    float near = fmaf(fmaf(fmaf(-17.f / 315.f, y, 2.f / 15.f), y, -1.f / 3.f), y, 1.f) * x;
+    return y < 0.0625f ? near : far;
+}
+
+/* s becomes cap tanh(cap_scale s) - lse; slopes: d softcap / ds, rounded. */
+template <class C>
+__device__ __forceinline__ void fa_cap_scores(const fa_bwd_mod &mod, float (&s)[C::BM / 2], const float *row,
+                                              uint32_t (&slopes)[C::BM / 4])
+{
+    const float2 *lse = (const float2 *)row + threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < C::BM / 8; c++) {
+        float2 l = lse[4 * c];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float &a = s[4 * c + 2 * r], &b = s[4 * c + 2 * r + 1];
+            float x = fa_tanh(a * mod.cap_scale), y = fa_tanh(b * mod.cap_scale);
+            slopes[2 * c + r] = fa_pack<typename C::T>(fmaf(-x, x, 1.f), fmaf(-y, y, 1.f));
+            a = fmaf(x, mod.cap, -l.x);
+            b = fmaf(y, mod.cap, -l.y);
+        }
+    }
+}
+
+/* ---- what is added ----------------------------------------------------------------------------------------------- */
+
+/* The least number counts as a number also in units of log2. */
+__device__ __forceinline__ float fa_bias_of(float x)
+{
+    return fmaxf(x * FA_LOG2E, -FLT_MAX);
+}
+
+__device__ __forceinline__ float fa_widen(float x)
+{
+    return x;
+}
+
+/* E: element of the mask, read in place. Neighbouring lanes have neighbouring keys. */
+template <class C, typename E>
+__device__ __forceinline__ void fa_add_bias(const fa_bwd_sm90_params &p, const void *mask, float (&s)[C::BM / 2],
+                                            fa_place at)
+{
+    const fa_bwd_mod &mod = p.mod;
+    int queries = p.SQ - at.query; /* below it, the queries that there are */
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const E *from = (const E *)mask + min(at.key + 8 * r, p.SK - 1) * mod.mask_key + at.query * mod.mask_query;
+        float value[C::BM / 4];
+#pragma unroll
+        for (int i = 0; i < C::BM / 4; i++) {
+            int query = i / 2 * 8 + i % 2;
+            value[i] = query < queries ? fa_widen(from[query * mod.mask_query]) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < C::BM / 4; i++)
+            s[i / 2 * 4 + 2 * r + i % 2] += fa_bias_of(value[i]);
+    }
+}
+
+/* A mask that is the same for all queries. */
+template <class C, typename E>
+__device__ __forceinline__ void fa_add_key_bias(const fa_bwd_sm90_params &p, const void *mask, float (&s)[C::BM / 2],
+                                                fa_place at)
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float x = fa_bias_of(fa_widen(((const E *)mask)[min(at.key + 8 * r, p.SK - 1) * p.mod.mask_key]));
+#pragma unroll
+        for (int c = 0; c < C::BM / 8; c++) {
+            s[4 * c + 2 * r] += x;
+            s[4 * c + 2 * r + 1] += x;
+        }
+    }
+}
+
+template <class C, typename E>
+__device__ __forceinline__ void fa_add_mask(const fa_bwd_sm90_params &p, const void *mask, float (&s)[C::BM / 2],
+                                            fa_place at)
+{
+    if (p.mod.mask_query == 0)
+        fa_add_key_bias<C, E>(p, mask, s, at);
+    else
+        fa_add_bias<C, E>(p, mask, s, at);
+}
+
+/* offset: of query 0 among the keys */
+template <class C>
+__device__ __forceinline__ void fa_add_alibi(float (&s)[C::BM / 2], float slope, fa_place at, int offset)
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float ahead = (float)(at.query + offset - at.key - 8 * r);
+#pragma unroll
+        for (int c = 0; c < C::BM / 8; c++) {
+#pragma unroll
+            for (int x = 0; x < 2; x++)
+                s[4 * c + 2 * r + x] = fmaf(-slope, fabsf(ahead + (float)(8 * c + x)), s[4 * c + 2 * r + x]);
+        }
+    }
+}
+
+/* ---- what is hidden or dropped ----------------------------------------------------------------------------------- */
+
+/* bits: those of the thread's first key; the second lies 8 * step further */
+template <class C>
+__device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 64][C::BN], int key, int step,
+                                                float (&s)[C::BM / 2])
+{
+#pragma unroll
+    for (int half = 0; half < C::BM / 64; half++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            uint64_t seen = bits[half][(key + 8 * r) * step] >> (2 * (threadIdx.x % 4));
+            uint32_t word[2] = {(uint32_t)seen, (uint32_t)(seen >> 32)};
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                float &score = s[4 * (8 * half + i / 2) + 2 * r + i % 2];
+                score = word[i / 8] >> (i / 2 % 4 * 8 + i % 2) & 1 ? score : -CUDART_INF_F;
+            }
+        }
+    }
+}
+
+/* Queries at and past `end` see nothing; their rows may hold anything. */
+template <class C> __device__ __forceinline__ void fa_hide_past(float (&s)[C::BM / 2], int query, int end)
+{
+#pragma unroll
+    for (int i = 0; i < C::BM / 2; i++)
+        s[i] = query + i / 4 * 8 + i % 2 < end ? s[i] : -CUDART_INF_F;
+}
+
+/* Which weights dropout keeps. One evaluation of Philox serves four neighbouring keys, which four lanes hold: each of
+ * them evaluates for every fourth group of 8 queries. Bit 4 (4 c + 2 r + x) of kept[half][lane]: query 8 (4 c + lane) +
+ * x, key 8 r. */
+template <class C> struct fa_kept {
+    uint32_t from[C::BM / 64][4];
+
+    __device__ __forceinline__ void draw(const fa_bwd_mod &mod, int head, fa_place at)
+    {
+        int lane = threadIdx.x % FA_WARP, own = lane / 4 % 4;
+#pragma unroll
+        for (int half = 0; half < C::BM / 64; half++) {
+            uint32_t bits = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                int c = i / 4, r = i / 2 % 2, x = i % 2;
+                uint32_t query = at.query + 64 * half + 8 * (4 * c + own) + x, key = at.key + 8 * r;
+                fa_philox4 random = fa_philox(mod.seed, key >> 2, query, mod.first_head + head, 0);
+#pragma unroll
+                for (int word = 0; word < 4; word++)
+                    bits |= (random.word[word] >= mod.threshold ? 1u : 0u) << (4 * i + word);
+            }
+#pragma unroll
+            for (int other = 0; other < 4; other++)
+                from[half][other] = __shfl_sync(0xffffffff, bits, (lane & 19) | other << 2) >> own;
+        }
+    }
+
+    /* element of the accumulator: its group of 8 queries, its key (0 or 1), its query (0 or 1) */
+    __device__ __forceinline__ bool at(int c, int r, int x) const
+    {
+        return from[c / 8][c % 4] >> (4 * (c / 4 % 2 * 4 + 2 * r + x)) & 1;
+    }
+};
+
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
+
+/* From S of step t to P; slopes as fa_cap_scores has them. */
+template <class C>
+__device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh,
+                                               const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
+                                               uint32_t (&slopes)[C::BM / 4])
+{
+    const fa_bwd_mod &mod = p.mod;
+    int stage = fa_stage_of(t), query0 = sh.query[stage];
+    fa_place at = fa_place_of(key0, query0);
+    fa_wgmma_hold(s);
+    if (mod.options & FA_MOD_CAP)
+        fa_cap_scores<C>(mod, s, sh.lse[stage], slopes);
+    else
+        fa_scale_scores<C>(s, sh.lse[stage], p.scale_log2);
+    if ((mod.options & FA_MOD_BIAS) && mod.f32)
+        fa_add_mask<C, float>(p, sh.mod.mask[stage], s, at);
+    else if (mod.options & FA_MOD_BIAS)
+        fa_add_mask<C, typename C::T>(p, sh.mod.mask[stage], s, at);
+    if (mod.options & FA_MOD_ALIBI)
+        fa_add_alibi<C>(s, sh.mod.slope[stage], at, fa_offset_of(p, u.band));
+    if (mod.options & FA_MOD_BITS)
+        fa_hide_by_bits<C>(sh.mod.bits[stage], at.key - u.walk.n * C::BN, mod.bits_key, s);
+    if (!fa_all_seen<C>(u.band, key0, query0))
+        fa_hide<C>(u.band, s, at);
+    if (query0 + C::BM > u.band.SQ)
+        fa_hide_past<C>(s, at.query, u.band.SQ);
+    fa_exponentials<C>(s);
+}
+
+/* w <- P, what is dropped 0; to: this thread's place for the weights of dS. */
+template <class C>
+__device__ __forceinline__ void fa_round_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t,
+                                                 int key0, const float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4],
+                                                 uint4 *to)
+{
+    const fa_bwd_mod &mod = p.mod;
+    int stage = fa_stage_of(t);
+    bool drops = mod.options & FA_MOD_DROPOUT;
+    fa_kept<C> kept = {};
+    if (drops)
+        kept.draw(mod, sh.mod.head[stage], fa_place_of(key0, sh.query[stage]));
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++) {
+        uint32_t x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int c = 2 * i + j / 2, r = j % 2;
+            float a = s[4 * c + 2 * r], b = s[4 * c + 2 * r + 1];
+            float2 slope = make_float2(1.f, 1.f);
+            if (mod.options & FA_MOD_CAP)
+                slope = fa_unpack<typename C::T>(w[2 * c + r]);
+            x[j] = fa_pack<typename C::T>(a * slope.x, b * slope.y);
+            w[2 * c + r] = fa_pack<typename C::T>(a, b);
+            if (drops) {
+                uint32_t dropped = (kept.at(c, r, 0) ? 0 : 0xffffu) | (kept.at(c, r, 1) ? 0 : 0xffff0000u);
+                x[j] |= dropped & 0x80008000u;
+                w[2 * c + r] &= ~dropped;
+            }
+        }
+        to[i * FA_WARPGROUP] = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+}
+
+/* The weights of dS back from shared memory; from: the same thread's place. */
+template <class C> __device__ __forceinline__ void fa_fetch_weights(uint32_t (&w)[C::BM / 4], const uint4 *from)
+{
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++) {
+        uint4 x = from[i * FA_WARPGROUP];
+        w[4 * i] = x.x;
+        w[4 * i + 1] = x.y;
+        w[4 * i + 2] = x.z;
+        w[4 * i + 3] = x.w;
+    }
+}
+
+/* As fa_score_gradient, with weights whose sign says what is dropped. */
+template <class C>
+__device__ __forceinline__ void fa_signed_score_gradient(float (&dp)[C::BM / 2], const uint32_t (&w)[C::BM / 4],
+                                                         const float *row, float keep)
+{
+    const float2 *delta = (const float2 *)row + threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < C::BM / 8; c++) {
+        float2 d = delta[4 * c];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float &x = dp[4 * c + 2 * r], &y = dp[4 * c + 2 * r + 1];
+            float2 weight = fa_unpack<typename C::T>(w[2 * c + r]);
+            x = fabsf(weight.x) * fmaf(x, w[2 * c + r] & 0x8000u ? 0.f : keep, -d.x);
+            y = fabsf(weight.y) * fmaf(y, w[2 * c + r] & 0x80000000u ? 0.f : keep, -d.y);
+        }
+    }
+}
+
+/* ---- producer: what belongs to the head of a step ---------------------------------------------------------------- */
+
+template <typename T>
+__device__ __forceinline__ float fa_number_at(const void *data, bool f32, int64_t at)
+{
+    return f32 ? ((const float *)data)[at] : fa_widen(((const T *)data)[at]);
+}
+
+/* Bytes that fa_load_bits copies. */
+template <class C> __device__ __forceinline__ uint32_t fa_bits_bytes(const fa_bwd_mod &mod)
+{
+    return mod.options & FA_MOD_BITS ? C::BM / 64 * (mod.bits_key ? C::BN * 8 : 16) : 0;
+}
+
+template <class C>
+__device__ __forceinline__ void fa_load_bits(const fa_bwd_mod &mod, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u,
+                                             const fa_bwd_step &at, int stage, uint64_t *bar)
+{
+    if (!(mod.options & FA_MOD_BITS))
+        return;
+    const uint64_t *bits = mod.bits + u.b * mod.bits_batch + at.head * mod.bits_head +
+                           (int64_t)u.walk.n * C::BN * mod.bits_key;
+#pragma unroll
+    for (int i = 0; i < C::BM / 64; i++)
+        fa_bulk_load(s.mod.bits[stage][i], bits + (at.m * (C::BM / 64) + i) * mod.bits_block,
+                     fa_bits_bytes<C>(mod) / (C::BM / 64), bar);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_describe_head(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s,
+                                                 const fa_bwd_unit &u, int head, int stage)
+{
+    const fa_bwd_mod &mod = p.mod;
+    int64_t at = u.b * mod.mask_batch + head * mod.mask_head;
+    s.mod.head[stage] = u.b * p.HQ + head;
+    s.mod.mask[stage] = (const char *)mod.mask + at * (mod.f32 ? 4 : 2);
+    if (mod.options & FA_MOD_ALIBI)
+        s.mod.slope[stage] = FA_LOG2E * fa_number_at<typename C::T>(mod.alibi, mod.alibi_f32,
+                                                                    u.b * mod.alibi_batch + head * mod.alibi_head);
+}
+
+#endif
