@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flashattn_ext as fa
-from cases import FLOATS, Case, build, upstream
+from cases import FLOATS, OPTIONS, Case, build, upstream
 from compare import check_case, differentiate, ours
 from conftest import devices
 from flashattn_ext import _C
@@ -68,7 +68,11 @@ HOPPER = [
 ]
 
 
-@pytest.mark.skipif("cuda" in devices() and torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+on_hopper = pytest.mark.skipif("cuda" in devices() and torch.cuda.get_device_capability()[0] != 9,
+                               reason="needs a Hopper GPU")
+
+
+@on_hopper
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("case", HOPPER, ids=lambda c: c.id)
 @pytest.mark.parametrize("arch", ("sm90",), indirect=True)
@@ -78,6 +82,61 @@ def test_kernels_of_hopper_are_right(arch, case, dtype):
                    device=0)
     assert "_sm90_" in plan["kernel"]
     check_case(made)
+
+
+# Every option of Hopper's backward by itself, with several tiles of queries and keys, and some together; masks of every
+# shape, also where a row of it starts anywhere, and their gradients.
+HOPPER_OPTIONS = [(name,) for name in OPTIONS if name not in ("upper_left", "window_self")] + [
+    ("causal", "dropout"),
+    ("lower_right", "kv_lengths", "q_lengths", "alibi"),
+    ("mask_full", "window", "sinks"),
+    ("mask_key", "dropout", "softcap"),
+    ("bias_full", "softcap", "sinks", "kv_lengths"),
+    ("bias_batch", "alibi_batch", "softcap", "sinks", "kv_lengths", "q_lengths", "window", "dropout", "scale"),
+]
+
+
+@on_hopper
+@pytest.mark.parametrize("D", (64, 128, 192, 256))
+@pytest.mark.parametrize("options", HOPPER_OPTIONS, ids="+".join)
+def test_every_option_of_hopper_s_backward(options, D):
+    for dtype, SQ, SK in (("bfloat16", 200, 264), ("float16", 133, 301)):
+        made = Case(B=3, HQ=4, HK=2, SQ=SQ, SK=SK, D=D, DV=128 if D == 192 else D, dtype=dtype, options=options)
+        check_case(made, least=1.0)
+
+
+@on_hopper
+def test_hopper_s_backward_is_the_default():
+    """For all but packed sequences, pages, and rows that are not whole 16 bytes."""
+    for options in (dict(), dict(window_right=0), dict(softcap=2.0), dict(dropout_p=0.1), dict(has_alibi=True),
+                    dict(has_sinks=True), dict(mask_dtype="bool"), dict(mask_dtype="float32")):
+        plan = _C.plan("backward", "bfloat16", 2, 4, 2, 300, 300, 64, 64, threads=1, device=0, **options)
+        assert "_sm90_" in plan["kernel"], options
+    assert "_sm80_" in _C.plan("backward", "bfloat16", 2, 4, 2, 300, 300, 60, 60, threads=1, device=0)["kernel"]
+    assert "_sm80_" in _C.plan("backward", "float32", 2, 4, 2, 300, 300, 64, 64, threads=1, device=0)["kernel"]
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", (math.nan, math.inf))
+@pytest.mark.parametrize("D", (64, 128, 192, 256))
+def test_a_wild_query_reaches_only_what_it_sees(D, kind):
+    """NaN or infinity in a query and its upstream gradient: keys behind it keep their bits, those it sees do not."""
+    S, at, DV = 300, 133, 128 if D == 192 else D
+    query, key, value, grad = (torch.randn(1, 2, S, d).bfloat16() for d in (D, D, DV, DV))
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        return torch.autograd.grad(SDPA(*leaves, is_causal=True), leaves, grad)
+
+    clean = gradients()
+    query[:, :, at, 0] = kind
+    grad[:, :, at, 0] = kind
+    spoilt = gradients()
+    others = torch.arange(S) != at
+    assert torch.equal(spoilt[0][:, :, others], clean[0][:, :, others]) and not spoilt[0][:, :, at].isfinite().all()
+    for got, want in zip(spoilt[1:], clean[1:]):
+        assert torch.equal(got[:, :, at + 1:], want[:, :, at + 1:])
+        assert not got[:, :, :at + 1].isfinite().all(-1).any()
 
 
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)

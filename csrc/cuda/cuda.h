@@ -42,10 +42,6 @@ fa_status fa_bwd_rows_launch(const fa_args *a, void *workspace, cudaStream_t str
 fa_bwd_row_numbers fa_bwd_rows_in(const fa_args *a, const void *workspace);
 /* Gradient of the sinks, from these rows. */
 fa_status fa_dsinks_launch(const fa_args *a, const fa_bwd_row_numbers *r, cudaStream_t stream, fa_error *err);
-/* Computes the rows of dq, dk and dv again that are not finite through what they do not see. Does nothing where *spoilt,
- * in device memory, is 0. */
-fa_status fa_bwd_repair_launch(const fa_args *a, const fa_bwd_row_numbers *r, const uint32_t *spoilt,
-                               cudaStream_t stream, fa_error *err);
 /* The gradient of the mask by the kernels of sm_80, which take every form of it. */
 fa_status fa_dmask_sm80_launch(const fa_args *a, const fa_bwd_row_numbers *r, cudaStream_t stream, fa_error *err);
 /* Parts of split keys, [splits][B HQ SQ][2 + DV] (maximum, sum, weighted values), to out and lse. */

@@ -46,6 +46,40 @@ template <> __device__ __forceinline__ uint32_t fa_pack<fa_f16_t>(float lo, floa
     return w;
 }
 
+/* x * 0 + c, on pairs. */
+template <typename T> __device__ __forceinline__ uint32_t fa_fma_zero(uint32_t x, uint32_t c);
+
+template <> __device__ __forceinline__ uint32_t fa_fma_zero<fa_bf16_t>(uint32_t x, uint32_t c)
+{
+    uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(0), "r"(c));
+    return y;
+}
+
+template <> __device__ __forceinline__ uint32_t fa_fma_zero<fa_f16_t>(uint32_t x, uint32_t c)
+{
+    uint32_t y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(0), "r"(c));
+    return y;
+}
+
+/* For each of two numbers all ones where it is not 0. */
+template <typename T> __device__ __forceinline__ uint32_t fa_not_zero(uint32_t x);
+
+template <> __device__ __forceinline__ uint32_t fa_not_zero<fa_bf16_t>(uint32_t x)
+{
+    uint32_t y;
+    asm("set.neu.u32.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0));
+    return y;
+}
+
+template <> __device__ __forceinline__ uint32_t fa_not_zero<fa_f16_t>(uint32_t x)
+{
+    uint32_t y;
+    asm("set.neu.u32.f16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0));
+    return y;
+}
+
 __device__ __forceinline__ float fa_widen(fa_bf16_t x)
 {
     return __uint_as_float((uint32_t)x.bits << 16);

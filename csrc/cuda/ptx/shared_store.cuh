@@ -1,5 +1,5 @@
-/* Stores from registers to shared memory in the layout of the matrix instructions, and what makes them visible to wgmma
- * and the copy engine (PTX ISA, "stmatrix", "Async proxy"). */
+/* Between registers and shared memory in the layout of the matrix instructions, and what makes stores visible to wgmma
+ * and the copy engine (PTX ISA, "stmatrix", "ldmatrix", "Async proxy"). */
 #ifndef FA_PTX_SHARED_STORE_CUH
 #define FA_PTX_SHARED_STORE_CUH
 
@@ -11,6 +11,15 @@ __device__ __forceinline__ void fa_stmatrix_x4(uint32_t address, uint32_t w0, ui
 {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(w0),
                  "r"(w1), "r"(w2), "r"(w3)
+                 : "memory");
+}
+
+/* The other way, each matrix transposed: of it, the lane gets rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4. */
+__device__ __forceinline__ void fa_ldmatrix_x4_trans(uint32_t (&w)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(address)
                  : "memory");
 }
 

@@ -98,7 +98,7 @@ extern "C" bool fa_bwd_sm90_can(const fa_args *a)
 /* ---- workspace --------------------------------------------------------------------------------------------------- */
 
 typedef struct workspace_parts {
-    size_t dq_sum, row_lse, row_delta, turn, spoilt, maps, bits, end; /* offsets in bytes */
+    size_t dq_sum, row_lse, row_delta, turn, wild, maps, bits, end; /* offsets in bytes */
 } workspace_parts;
 
 static size_t align_256(size_t bytes)
@@ -136,8 +136,8 @@ static workspace_parts parts_of(const fa_args *a, const fa_sm90_instance *f)
     w.row_lse = w.dq_sum + align_256(rows * f->D * sizeof(float));
     w.row_delta = w.row_lse + align_256(rows * sizeof(float));
     w.turn = w.row_delta + align_256(rows * sizeof(float));
-    w.spoilt = w.turn + align_256(blocks * sizeof(uint32_t));
-    w.maps = w.spoilt + align_256(sizeof(uint32_t));
+    w.wild = w.turn + align_256(blocks * sizeof(uint32_t));
+    w.maps = w.wild + align_256(blocks * sizeof(uint32_t));
     w.bits = w.maps + (lengths ? align_256((size_t)a->q.size[0] * FA_MAPS * sizeof(CUtensorMap)) : 0);
     w.end = w.bits + (bits ? align_256((size_t)(words[0] * words[1] * words[2] * words[3]) * sizeof(uint64_t)) : 0);
     return w;
@@ -221,7 +221,8 @@ static void fill_memory(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_i
     p->mod.maps = (CUtensorMap *)(workspace + w.maps);
     p->mod.bits = (uint64_t *)(workspace + w.bits);
     if (a->window_left >= 0 || a->window_right >= 0 || (p->mod.options & FA_MOD_BITS)) /* some pairs are hidden */
-        p->spoilt = (uint32_t *)(workspace + w.spoilt);
+        p->wild = (uint32_t *)(workspace + w.wild);
+    p->q = view_of(&a->q);
     p->out = view_of(&a->out);
     p->dout = view_of(&a->dout);
     p->lse = view_of(&a->lse);
@@ -244,11 +245,25 @@ static fa_bwd_lengths lengths_of(const fa_tensor *t)
     return l;
 }
 
-static int32_t options_of(const fa_args *a)
+/* Can tiles of the float mask be copied to shared memory? There they share their place with the weights that softcap and
+ * dropout need (bwd_sm90_pair.cuh). */
+static bool has_tiles(const fa_args *a, const fa_sm90_instance *f)
+{
+    const fa_tensor *m = &a->mask;
+    int64_t width = m->dtype == FA_F32 ? 4 : 2, room = f->BN == 128 ? 32768 : f->D <= 192 ? 16384 : 0;
+    bool ok = m->data && m->dtype != FA_BOOL && f->BM * f->BN * width <= room && (uintptr_t)m->data % 16 == 0 &&
+              (f->BN == 64 || (a->softcap == 0 && a->dropout_p == 0));
+    for (int i = 0; i < 3; i++)
+        ok = ok && (m->size[i] <= 1 || (m->stride[i] >= 0 && m->stride[i] * width % 16 == 0 &&
+                                        m->stride[i] < (int64_t)1 << 38));
+    return ok && !is_broadcast(m, 2) && m->size[3] > 1 && m->stride[3] == 1;
+}
+
+static int32_t options_of(const fa_args *a, const fa_sm90_instance *f)
 {
     bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
     return (a->q_seqlens.data || a->kv_seqlens.data ? FA_MOD_LENGTHS : 0) | (bits ? FA_MOD_BITS : 0) |
-           (bias ? FA_MOD_BIAS : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) | (a->alibi.data ? FA_MOD_ALIBI : 0) |
+           (bias ? FA_MOD_BIAS : 0) | (has_tiles(a, f) ? FA_MOD_TILES : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) | (a->alibi.data ? FA_MOD_ALIBI : 0) |
            (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
 }
 
@@ -282,7 +297,7 @@ static void fill_dmask(fa_bwd_mod *m, const fa_tensor *d)
 
 static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
-    m->options = options_of(a);
+    m->options = options_of(a, f);
     m->q_len = lengths_of(&a->q_seqlens);
     m->k_len = lengths_of(&a->kv_seqlens);
     m->bottom_right = a->bottom_right;
@@ -310,8 +325,10 @@ static fa_status fill_maps(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm9
     const fa_sm90_map maps[] = {{&a->q, f->BM, &p->q_map, p->q_steps},
                                 {&a->dout, f->BM, &p->dout_map, p->dout_steps},
                                 {&a->k, f->BN, &p->k_map, p->k_steps},
-                                {&a->v, f->BN, &p->v_map, p->v_steps}};
-    return fa_sm90_encode(f->name, maps, p->SQ == 0 || p->SK == 0 ? 0 : 4, err);
+                                {&a->v, f->BN, &p->v_map, p->v_steps},
+                                {&a->mask, f->BM, &p->mod.mask_map, p->mod.mask_steps}};
+    int n = p->mod.options & FA_MOD_TILES ? 5 : 4;
+    return fa_sm90_encode(f->name, maps, p->SQ == 0 || p->SK == 0 ? 0 : n, err);
 }
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
@@ -325,17 +342,15 @@ static cudaError_t launch(const fa_bwd_sm90_params *p, const fa_sm90_instance *f
     return cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
 }
 
-static fa_status launch_gradients(const fa_args *a, const fa_bwd_sm90_params *p, const fa_sm90_instance *f,
-                                  const fa_bwd_row_numbers *rows, cudaStream_t stream, fa_error *err)
+static fa_status launch_gradients(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, cudaStream_t stream,
+                                  fa_error *err)
 {
     if (!p->dq.data && !p->dk.data && !p->dv.data)
         return FA_OK;
     cudaError_t e = launch(p, f, (int64_t)p->B * p->HK * p->k_blocks, stream);
     if (e == cudaSuccess && p->dq.data)
         e = fa_bwd_post_launch(p, f->dtype, f->D, stream);
-    if (e != cudaSuccess)
-        return fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
-    return p->spoilt ? fa_bwd_repair_launch(a, rows, p->spoilt, stream, err) : FA_OK;
+    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
 /* A mask that is broadcast along queries or keys is left to the kernels of sm_80. */
@@ -379,7 +394,7 @@ extern "C" fa_status fa_bwd_sm90_launch(const fa_args *a, void *workspace, cudaS
     if (e != cudaSuccess)
         return fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
     const fa_bwd_row_numbers rows = {p.row_lse, p.row_delta, (int64_t)p.q_blocks * p.BM};
-    status = launch_gradients(a, &p, f, &rows, stream, err);
+    status = launch_gradients(&p, f, stream, err);
     if (status == FA_OK && a->dmask.data)
         status = launch_dmask(a, &p, &rows, stream, err);
     if (status == FA_OK && a->dsinks.data)

@@ -49,8 +49,10 @@ __device__ __forceinline__ void fa_load_queries(const fa_bwd_sm90_params &p, fa_
     int stage = fa_stage_of(at.t);
     int64_t row = fa_query_block(p, u, at) * C::BM;
     uint64_t *q_full = &s.bar[FA_BAR_Q_FULL + stage], *do_full = &s.bar[FA_BAR_DO_FULL + stage];
+    uint32_t wild = p.wild ? p.wild[fa_query_block(p, u, at)] : 0;
     fa_mbar_wait(&s.bar[FA_BAR_EMPTY + stage], fa_parity_of(at.t) ^ 1);
     s.query[stage] = at.m * C::BM;
+    s.wild[stage] = wild;
     if constexpr (C::MOD) {
         fa_describe_head<C>(p, s, u, at.head, stage);
         bytes += fa_bits_bytes<C>(p.mod);
@@ -64,6 +66,8 @@ __device__ __forceinline__ void fa_load_queries(const fa_bwd_sm90_params &p, fa_
     fa_load_tile<C::BM, C::DV>(s.dout[stage], dout, do_full, at.m * C::BM, at.head * p.dout_steps[0],
                                u.b * p.dout_steps[1]);
     fa_bulk_load(s.delta[stage], p.row_delta + row, sizeof(s.delta[0]), do_full);
+    if constexpr (C::MOD)
+        fa_load_bias<C>(p.mod, s, u, at);
 }
 
 template <class C>
@@ -83,6 +87,8 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_bwd_sm90_
     constexpr int one = FA_WARPGROUP / FA_WARP, both = 2 * one; /* one arrival for each warp */
     fa_mbar_init(&s.bar[FA_BAR_K_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_V_FULL], 1);
+    fa_mbar_init(&s.bar[FA_BAR_BIAS_FULL], 1);
+    fa_mbar_init(&s.bar[FA_BAR_BIAS_EMPTY], C::SPLIT ? one : both);
     fa_mbar_init(&s.bar[FA_BAR_TURN], 1);
     s.signalled = 0;
 #pragma unroll
@@ -129,7 +135,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) fa_bwd_sm90_kernel(const __grid
     } else if (warpgroup == FA_WARPGROUP_DQ) {
         fa_registers_shrink<C::DQ_REGISTERS>();
         if (u.steps > 0)
-            fa_sum_dq<C>(s, u.steps);
+            fa_sum_dq<C>(p, s, u.steps);
     } else {
         fa_registers_grow<C::CONSUMER_REGISTERS>();
         if constexpr (!C::SPLIT)

@@ -133,22 +133,32 @@ __device__ __forceinline__ fa_place fa_dmask_place(const fa_dmask_tile &tile, in
     return at;
 }
 
+/* All loads are in flight at once: what lies outside is read from the last row or column, and hidden. */
+template <class M, typename E>
+__device__ __forceinline__ void fa_keep_bias_as(const fa_bwd_sm90_params &p, const E *mask, fa_place at, float4 *to)
+{
+    E x[M::BN / 2];
+#pragma unroll
+    for (int i = 0; i < M::BN / 2; i++) {
+        int query = min(at.query + i / 2 % 2 * 8, p.SQ - 1), key = min(at.key + i / 4 * 8 + i % 2, p.SK - 1);
+        x[i] = mask[query * p.mod.mask_query + key * p.mod.mask_key];
+    }
+#pragma unroll
+    for (int c = 0; c < M::BN / 8; c++)
+        to[c * (2 * FA_WARPGROUP)] = make_float4(fa_bias_of(fa_widen(x[4 * c])), fa_bias_of(fa_widen(x[4 * c + 1])),
+                                                 fa_bias_of(fa_widen(x[4 * c + 2])), fa_bias_of(fa_widen(x[4 * c + 3])));
+}
+
 template <class M>
 __device__ __forceinline__ void fa_keep_bias(const fa_bwd_sm90_params &p, const fa_dmask_tile &tile, fa_place at,
                                              float4 *to)
 {
     const fa_bwd_mod &m = p.mod;
     int64_t first = tile.b * m.mask_batch + tile.h * m.mask_head;
-    for (int c = 0; c < M::BN / 8; c++) {
-        float x[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int64_t query = at.query + i / 2 * 8, key = at.key + 8 * c + i % 2;
-            int64_t from = first + query * m.mask_query + key * m.mask_key;
-            x[i] = query < p.SQ && key < p.SK ? fa_bias_of(fa_number_at<typename M::T>(m.mask, m.f32, from)) : 0.f;
-        }
-        to[c * (2 * FA_WARPGROUP)] = make_float4(x[0], x[1], x[2], x[3]);
-    }
+    if (m.f32)
+        fa_keep_bias_as<M>(p, (const float *)m.mask + first, at, to);
+    else
+        fa_keep_bias_as<M>(p, (const typename M::T *)m.mask + first, at, to);
 }
 
 /* (64, BN) of x y^T, both contiguous along COLUMNS; x: descriptor of 64 of 128 rows. */
@@ -188,32 +198,68 @@ __device__ __forceinline__ fa_dmask_rows fa_dmask_rows_of(const fa_bwd_sm90_para
     return rows;
 }
 
+/* s becomes what the score is without the mask and ALiBi, less lse. */
+template <class M>
+__device__ __forceinline__ void fa_dmask_scores(const fa_bwd_sm90_params &p, const fa_dmask_rows &rows,
+                                                float (&s)[M::BN / 2])
+{
+    const fa_bwd_mod &m = p.mod;
+    if (m.options & FA_MOD_CAP) {
+#pragma unroll
+        for (int i = 0; i < M::BN / 2; i++)
+            s[i] = fmaf(fa_tanh(s[i] * m.cap_scale), m.cap, -rows.lse[i / 2 % 2]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < M::BN / 2; i++)
+            s[i] = fmaf(s[i], p.scale_log2, -rows.lse[i / 2 % 2]);
+    }
+}
+
+template <class M>
+__device__ __forceinline__ void fa_dmask_alibi(float slope, int ahead, float (&s)[M::BN / 2])
+{
+#pragma unroll
+    for (int i = 0; i < M::BN / 2; i++)
+        s[i] = fmaf(-slope, fabsf((float)(ahead + i / 2 % 2 * 8 - i / 4 * 8 - i % 2)), s[i]);
+}
+
+template <class M>
+__device__ __forceinline__ void fa_dmask_hide(const fa_bwd_band &band, fa_place at, float (&s)[M::BN / 2])
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int query = at.query + 8 * r, lo = query + band.lo_shift - at.key;
+        int hi = query < band.SQ ? min(band.SK, query + band.hi_shift) - at.key : INT32_MIN;
+#pragma unroll
+        for (int i = 0; i < M::BN / 4; i++) {
+            float &x = s[i / 2 * 4 + 2 * r + i % 2];
+            x = i / 2 * 8 + i % 2 >= lo && i / 2 * 8 + i % 2 < hi ? x : -CUDART_INF_F;
+        }
+    }
+}
+
 /* s <- P */
 template <class M>
 __device__ __forceinline__ void fa_dmask_weights(const fa_bwd_sm90_params &p, const fa_dmask_step &step,
                                                  const fa_dmask_rows &rows, fa_place at, const float4 *bias,
                                                  float (&s)[M::BN / 2], bool edges)
 {
-    const fa_bwd_mod &m = p.mod;
-    int ahead = at.query + fa_offset_of(p, step.band) - at.key;
+    fa_dmask_scores<M>(p, rows, s);
 #pragma unroll
     for (int c = 0; c < M::BN / 8; c++) {
         float4 b = bias[c * (2 * FA_WARPGROUP)];
-        float added[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float &x = s[4 * c + i];
-            x = m.options & FA_MOD_CAP ? fmaf(fa_tanh(x * m.cap_scale), m.cap, -rows.lse[i / 2])
-                                       : fmaf(x, p.scale_log2, -rows.lse[i / 2]);
-            x += added[i];
-            if (m.options & FA_MOD_ALIBI)
-                x = fmaf(-rows.slope, fabsf((float)(ahead + i / 2 * 8 - 8 * c - i % 2)), x);
-            int query = at.query + i / 2 * 8, key = at.key + 8 * c + i % 2;
-            bool seen = query < step.band.SQ && key < step.band.SK && key >= query + step.band.lo_shift &&
-                        key < query + step.band.hi_shift;
-            x = !edges || seen ? fa_exp2(x) : 0.f;
-        }
+        s[4 * c] += b.x;
+        s[4 * c + 1] += b.y;
+        s[4 * c + 2] += b.z;
+        s[4 * c + 3] += b.w;
     }
+    if (p.mod.options & FA_MOD_ALIBI)
+        fa_dmask_alibi<M>(rows.slope, at.query + fa_offset_of(p, step.band) - at.key, s);
+    if (edges)
+        fa_dmask_hide<M>(step.band, at, s);
+#pragma unroll
+    for (int i = 0; i < M::BN / 2; i++)
+        s[i] = fa_exp2(s[i]);
 }
 
 /* dp <- what dropout makes of it: of four neighbouring keys, which one evaluation serves, the thread has two. */

@@ -3,7 +3,7 @@
 #define FA_BWD_SM90_DQ_CUH
 
 #include "../ptx/global.cuh"
-#include "bwd_sm90_shared.cuh"
+#include "bwd_sm90_wild.cuh"
 
 /* ---- turns: does this key block come next in the sum of a block of dQ? ------------------------------------------- */
 
@@ -78,12 +78,17 @@ __device__ __forceinline__ void fa_add_dq(float *to, const float (&dq)[32], bool
     }
 }
 
-template <class C> __device__ __forceinline__ void fa_sum_dq(fa_bwd_sm90_shared<C> &s, int steps)
+template <class C>
+__device__ __forceinline__ void fa_sum_dq(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, int steps)
 {
     constexpr int panel = C::BN * 128 / 16;
     uint64_t ds_desc = fa_wgmma_descriptor_64(s.ds[0], 0), k_desc = fa_wgmma_descriptor_64(s.k, C::BN * 128);
     float dq[32];
     fa_mbar_wait(&s.bar[FA_BAR_K_FULL], 0);
+    if (p.wild) {
+        fa_clean<typename C::T, C::BN * C::D>(s.k);
+        fa_publish();
+    }
     for (int t = 0; t < steps; t++) {
         int stage = fa_stage_of(t);
         fa_mbar_wait(&s.bar[FA_BAR_DS_FULL + stage], fa_parity_of(t));

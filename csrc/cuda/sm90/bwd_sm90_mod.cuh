@@ -11,6 +11,7 @@
 #include <float.h>
 
 #include "../../common/fa_philox.h"
+#include "../ptx/tma.cuh"
 #include "bwd_sm90_tile.cuh"
 
 #define FA_LOG2E 1.44269504088896f
@@ -57,25 +58,25 @@ __device__ __forceinline__ float fa_widen(float x)
     return x;
 }
 
-/* E: element of the mask, read in place. Neighbouring lanes have neighbouring keys. */
+/* E: element of the mask, read in place, 16 loads at a time; what lies outside is read from the last row or column, and
+ * hidden. Neighbouring lanes have neighbouring keys. */
 template <class C, typename E>
 __device__ __forceinline__ void fa_add_bias(const fa_bwd_sm90_params &p, const void *mask, float (&s)[C::BM / 2],
                                             fa_place at)
 {
-    const fa_bwd_mod &mod = p.mod;
-    int queries = p.SQ - at.query; /* below it, the queries that there are */
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const E *from = (const E *)mask + min(at.key + 8 * r, p.SK - 1) * mod.mask_key + at.query * mod.mask_query;
-        float value[C::BM / 4];
+        const E *from = (const E *)mask + min(at.key + 8 * r, p.SK - 1) * p.mod.mask_key;
 #pragma unroll
-        for (int i = 0; i < C::BM / 4; i++) {
-            int query = i / 2 * 8 + i % 2;
-            value[i] = query < queries ? fa_widen(from[query * mod.mask_query]) : 0.f;
+        for (int first = 0; first < C::BM / 4; first += 16) {
+            E value[16];
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                value[i] = from[min(at.query + (first + i) / 2 * 8 + i % 2, p.SQ - 1) * p.mod.mask_query];
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                s[(first + i) / 2 * 4 + 2 * r + i % 2] += fa_bias_of(fa_widen(value[i]));
         }
-#pragma unroll
-        for (int i = 0; i < C::BM / 4; i++)
-            s[i / 2 * 4 + 2 * r + i % 2] += fa_bias_of(value[i]);
     }
 }
 
@@ -105,6 +106,55 @@ __device__ __forceinline__ void fa_add_mask(const fa_bwd_sm90_params &p, const v
         fa_add_bias<C, E>(p, mask, s, at);
 }
 
+/* ---- tiles of a float mask in shared memory ---------------------------------------------------------------------- */
+
+/* Rows of 16-bit elements, read transposed: the pairs of queries come as the accumulator has them. key: of the
+ * thread block's, the first of the warp's 16. */
+template <class C>
+__device__ __forceinline__ void fa_add_tile(const unsigned char *tile, float (&s)[C::BM / 2], int key)
+{
+    int lane = threadIdx.x % FA_WARP, row = lane / 16 * 8 + lane % 8, chunk = key % 64 / 8 + lane / 8 % 2;
+    uint32_t at = fa_shared_address(tile) + key / 64 * (C::BM * 128) + row * 128 + ((chunk ^ row % 8) << 4);
+#pragma unroll
+    for (int i = 0; i < C::BM / 16; i++) {
+        uint32_t w[4];
+        fa_ldmatrix_x4_trans(w, at + i * (16 * 128));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 x = fa_unpack<typename C::T>(w[j]);
+            s[8 * i + 2 * j] += fa_bias_of(x.x);
+            s[8 * i + 2 * j + 1] += fa_bias_of(x.y);
+        }
+    }
+}
+
+/* Rows of fp32: panels of 32 keys. place: key and query of the thread, in the tile. */
+template <class C>
+__device__ __forceinline__ void fa_add_tile_f32(const unsigned char *tile, float (&s)[C::BM / 2], fa_place place)
+{
+#pragma unroll
+    for (int i = 0; i < C::BM / 2; i++) {
+        int key = place.key + i / 2 % 2 * 8, query = place.query + i / 4 * 8 + i % 2;
+        int chunk = key % 32 / 4 ^ query % 8;
+        s[i] += fa_bias_of(*(const float *)(tile + key / 32 * (C::BM * 128) + query * 128 + chunk * 16 + key % 4 * 4));
+    }
+}
+
+/* of step t, once it is there */
+template <class C>
+__device__ __forceinline__ void fa_take_tile(const fa_bwd_mod &mod, fa_bwd_sm90_shared<C> &sh, int t, int row,
+                                             float (&s)[C::BM / 2])
+{
+    fa_mbar_wait(&sh.bar[FA_BAR_BIAS_FULL], t & 1);
+    if (mod.f32)
+        fa_add_tile_f32<C>(sh.mod.bias, s, fa_place_of(row, 0));
+    else
+        fa_add_tile<C>(sh.mod.bias, s, row + threadIdx.x / FA_WARP % 4 * 16);
+    fa_warp_arrive(&sh.bar[FA_BAR_BIAS_EMPTY]);
+}
+
+/* ---- what is added, hidden or dropped ---------------------------------------------------------------------------- */
+
 /* offset: of query 0 among the keys */
 template <class C>
 __device__ __forceinline__ void fa_add_alibi(float (&s)[C::BM / 2], float slope, fa_place at, int offset)
@@ -120,8 +170,6 @@ __device__ __forceinline__ void fa_add_alibi(float (&s)[C::BM / 2], float slope,
         }
     }
 }
-
-/* ---- what is hidden or dropped ----------------------------------------------------------------------------------- */
 
 /* bits: those of the thread's first key; the second lies 8 * step further */
 template <class C>
@@ -185,11 +233,27 @@ template <class C> struct fa_kept {
     }
 };
 
+/* For step t, whose Q is there; to be called while products are in flight. */
+template <class C>
+__device__ __forceinline__ void fa_draw_ahead(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t,
+                                              int key0, fa_kept<C> &kept)
+{
+    if constexpr (C::MOD) {
+        int stage = fa_stage_of(t);
+        if (!(p.mod.options & FA_MOD_DROPOUT))
+            return;
+        kept.draw(p.mod, sh.mod.head[stage], fa_place_of(key0, sh.query[stage]));
+#pragma unroll
+        for (int half = 0; half < C::BM / 64; half++)
+            fa_settle(kept.from[half]);
+    }
+}
+
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
 /* From S of step t to P; slopes as fa_cap_scores has them. */
 template <class C>
-__device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh,
+__device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
                                                const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
                                                uint32_t (&slopes)[C::BM / 4])
 {
@@ -201,7 +265,9 @@ __device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, cons
         fa_cap_scores<C>(mod, s, sh.lse[stage], slopes);
     else
         fa_scale_scores<C>(s, sh.lse[stage], p.scale_log2);
-    if ((mod.options & FA_MOD_BIAS) && mod.f32)
+    if (C::BIAS_BYTES > 0 && (mod.options & FA_MOD_TILES))
+        fa_take_tile<C>(mod, sh, t, key0 - u.walk.n * C::BN, s);
+    else if ((mod.options & FA_MOD_BIAS) && mod.f32)
         fa_add_mask<C, float>(p, sh.mod.mask[stage], s, at);
     else if (mod.options & FA_MOD_BIAS)
         fa_add_mask<C, typename C::T>(p, sh.mod.mask[stage], s, at);
@@ -218,16 +284,10 @@ __device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, cons
 
 /* w <- P, what is dropped 0; to: this thread's place for the weights of dS. */
 template <class C>
-__device__ __forceinline__ void fa_round_weights(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t,
-                                                 int key0, const float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4],
-                                                 uint4 *to)
+__device__ __forceinline__ void fa_round_weights(const fa_bwd_mod &mod, const float (&s)[C::BM / 2],
+                                                 const fa_kept<C> &kept, uint32_t (&w)[C::BM / 4], uint4 *to)
 {
-    const fa_bwd_mod &mod = p.mod;
-    int stage = fa_stage_of(t);
     bool drops = mod.options & FA_MOD_DROPOUT;
-    fa_kept<C> kept = {};
-    if (drops)
-        kept.draw(mod, sh.mod.head[stage], fa_place_of(key0, sh.query[stage]));
 #pragma unroll
     for (int i = 0; i < C::BM / 16; i++) {
         uint32_t x[4];
@@ -288,6 +348,22 @@ template <typename T>
 __device__ __forceinline__ float fa_number_at(const void *data, bool f32, int64_t at)
 {
     return f32 ? ((const float *)data)[at] : fa_widen(((const T *)data)[at]);
+}
+
+/* The tile of a float mask for step t. */
+template <class C>
+__device__ __forceinline__ void fa_load_bias(const fa_bwd_mod &mod, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u,
+                                             const fa_bwd_step &at)
+{
+    if (C::BIAS_BYTES == 0 || !(mod.options & FA_MOD_TILES))
+        return;
+    uint64_t *full = &s.bar[FA_BAR_BIAS_FULL];
+    int columns = mod.f32 ? 32 : 64; /* of a panel */
+    fa_mbar_wait(&s.bar[FA_BAR_BIAS_EMPTY], at.t & 1 ^ 1);
+    fa_mbar_expect(full, C::BN / columns * C::BM * 128);
+    for (int panel = 0; panel < C::BN / columns; panel++)
+        fa_tma_load_4d(s.mod.bias + panel * (C::BM * 128), &mod.mask_map, full, u.walk.n * C::BN + panel * columns,
+                       at.m * C::BM, at.head * mod.mask_steps[0], u.b * mod.mask_steps[1]);
 }
 
 /* Bytes that fa_load_bits copies. */

@@ -3,18 +3,20 @@
 #define FA_BWD_SM90_PAIR_CUH
 
 #include "bwd_sm90_mod.cuh"
+#include "bwd_sm90_wild.cuh"
 
-/* Of the weights of dS; only this thread reads them. */
+/* Of the weights of dS; only this thread reads them. They lie where a tile of a float mask would. */
 template <class C> __device__ __forceinline__ uint4 *fa_pair_place(fa_bwd_sm90_shared<C> &sh)
 {
-    return &sh.p[threadIdx.x / FA_WARPGROUP - FA_WARPGROUP_FIRST][0][threadIdx.x % FA_WARPGROUP];
+    constexpr int one = C::BM / 16 * FA_WARPGROUP;
+    return (uint4 *)sh.mod.bias + (threadIdx.x / FA_WARPGROUP - FA_WARPGROUP_FIRST) * one + threadIdx.x % FA_WARPGROUP;
 }
 
 /* s holds S of step t; w <- P. */
 template <class C>
 __device__ __forceinline__ void fa_pair_weights(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                                const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
-                                                uint32_t (&w)[C::BM / 4])
+                                                const fa_bwd_unit &u, int t, int key0, const fa_kept<C> &kept,
+                                                float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4])
 {
     if constexpr (!C::MOD) {
         fa_weights<C>(p, sh, u, t, key0, s);
@@ -22,30 +24,52 @@ __device__ __forceinline__ void fa_pair_weights(const fa_bwd_sm90_params &p, fa_
     } else {
         fa_mod_weights<C>(p, sh, u, t, key0, s, w);
         if (p.mod.options & FA_MOD_TWO_WEIGHTS)
-            fa_round_weights<C>(p, sh, t, key0, s, w, fa_pair_place(sh));
+            fa_round_weights<C>(p.mod, s, kept, w, fa_pair_place(sh));
         else
             fa_round<C>(w, s);
     }
 }
 
+/* dp becomes dS; w <- its weights. */
+template <class C>
+__device__ __forceinline__ void fa_pair_score_gradient(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                       int stage, float (&dp)[C::BM / 2], uint32_t (&w)[C::BM / 4])
+{
+    if constexpr (C::MOD) {
+        if (p.mod.options & FA_MOD_TWO_WEIGHTS) {
+            fa_fetch_weights<C>(w, fa_pair_place(sh));
+            fa_signed_score_gradient<C>(dp, w, sh.delta[stage], p.mod.keep);
+            return;
+        }
+    }
+    fa_score_gradient<C>(dp, w, sh.delta[stage]);
+}
+
 /* From P of step t to dS, in w. */
 template <class C>
 __device__ __forceinline__ void fa_pair_gradient(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                                 const fa_bwd_keys<C> &c, int t, float (&dp)[C::BM / 2],
-                                                 uint32_t (&w)[C::BM / 4], fa_gradient<C::DV> &dv)
+                                                 const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int t, int key0,
+                                                 float (&dp)[C::BM / 2], uint32_t (&w)[C::BM / 4],
+                                                 fa_gradient<C::DV> &dv)
 {
+    int stage = fa_stage_of(t);
+    bool hides = p.wild && fa_hides<C>(p, sh, u, t, key0);
+    if (hides && sh.wild[stage]) {
+        fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + stage], fa_parity_of(t));
+        fa_clean<typename C::T, C::BM * C::D>(sh.q[stage]);
+        fa_clean<typename C::T, C::BM * C::DV>(sh.dout[stage]);
+        fa_publish();
+    }
     fa_start_value_scores<C>(sh, c, dp, t);
     fa_start_values<C>(c, t, w, dv);
     fa_wgmma_wait<0>();
     fa_wgmma_hold(dp);
     dv.hold();
-    if (C::MOD && (p.mod.options & FA_MOD_TWO_WEIGHTS)) {
-        fa_fetch_weights<C>(w, fa_pair_place(sh));
-        fa_signed_score_gradient<C>(dp, w, sh.delta[fa_stage_of(t)], p.mod.keep);
-    } else {
-        fa_score_gradient<C>(dp, w, sh.delta[fa_stage_of(t)]);
-    }
-    fa_round<C>(w, dp);
+    fa_pair_score_gradient<C>(p, sh, stage, dp, w);
+    if (hides)
+        fa_round_seen<C>(w, dp);
+    else
+        fa_round<C>(w, dp);
 }
 
 /* dK from dS of step t in shared memory, which this warpgroup has written: w is free for the next P. */
@@ -55,7 +79,7 @@ __device__ __forceinline__ void fa_start_keys_shared(fa_bwd_sm90_shared<C> &sh, 
 {
     uint64_t ds = fa_wgmma_descriptor_64(sh.ds[fa_stage_of(t)], 0) + c.row * (128 / 16);
     uint64_t q = c.q_n + fa_q_stage<C>(fa_stage_of(t));
-    fa_bar_sync(FA_BAR_PAIR + c.row / 64, FA_WARPGROUP);
+    fa_bar_sync(FA_BAR_ALONE + threadIdx.x / FA_WARPGROUP, FA_WARPGROUP);
     dk.hold();
     fa_wgmma_fence();
 #pragma unroll
@@ -71,12 +95,14 @@ __device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd
                                              const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int t, int key0,
                                              float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4], fa_gradient<C::D> &dk)
 {
+    fa_kept<C> kept = {};
     fa_start_scores<C>(sh, c, s, t + 1);
     if constexpr (C::KEYS_FROM_SHARED) {
         fa_hand_over_ds<C>(sh, t, w, c.row);
         fa_start_keys_shared<C>(sh, c, t, dk);
+        fa_draw_ahead<C>(p, sh, t + 1, key0, kept);
         fa_wgmma_wait<1>();
-        fa_pair_weights<C>(p, sh, u, t + 1, key0, s, w);
+        fa_pair_weights<C>(p, sh, u, t + 1, key0, kept, s, w);
         fa_settle(w);
         fa_wgmma_wait<0>();
         dk.hold();
@@ -84,10 +110,11 @@ __device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd
     } else {
         fa_start_keys<C>(c, t, w, dk);
         fa_hand_over_ds<C>(sh, t, w, c.row);
+        fa_draw_ahead<C>(p, sh, t + 1, key0, kept);
         fa_wgmma_wait<0>();
         dk.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_pair_weights<C>(p, sh, u, t + 1, key0, s, w);
+        fa_pair_weights<C>(p, sh, u, t + 1, key0, kept, s, w);
     }
 }
 
@@ -109,14 +136,16 @@ __device__ __forceinline__ void fa_pair_steps(const fa_bwd_sm90_params &p, fa_bw
     uint32_t w[C::BM / 4];
     float s[C::BM / 2];
     int t = 0;
+    fa_kept<C> kept = {};
     fa_start_scores<C>(sh, c, s, 0);
+    fa_draw_ahead<C>(p, sh, 0, key0, kept);
     fa_wgmma_wait<0>();
-    fa_pair_weights<C>(p, sh, u, 0, key0, s, w);
+    fa_pair_weights<C>(p, sh, u, 0, key0, kept, s, w);
     for (; t < u.steps - 1; t++) {
-        fa_pair_gradient<C>(p, sh, c, t, s, w, dv);
+        fa_pair_gradient<C>(p, sh, u, c, t, key0, s, w, dv);
         fa_pair_next<C>(p, sh, u, c, t, key0, s, w, dk);
     }
-    fa_pair_gradient<C>(p, sh, c, t, s, w, dv);
+    fa_pair_gradient<C>(p, sh, u, c, t, key0, s, w, dv);
     fa_start_keys<C>(c, t, w, dk);
     fa_hand_over_ds<C>(sh, t, w, c.row);
     fa_wgmma_wait<0>();

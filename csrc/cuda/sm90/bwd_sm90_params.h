@@ -39,7 +39,8 @@ typedef struct fa_bwd_lengths {
 enum {
     FA_MOD_LENGTHS = 1,
     FA_MOD_BITS = 2, /* a bool mask */
-    FA_MOD_BIAS = 4, /* a float mask */
+    FA_MOD_BIAS = 4, /* a float mask, read in place */
+    FA_MOD_TILES = 64, /* with BIAS: its tiles are copied to shared memory */
     FA_MOD_CAP = 8,
     FA_MOD_ALIBI = 16,
     FA_MOD_DROPOUT = 32,
@@ -63,6 +64,8 @@ typedef struct fa_bwd_mod {
     const void *mask;
     int64_t mask_batch, mask_head, mask_query, mask_key;
     bool f32;
+    CUtensorMap mask_map; /* TILES: dimensions (SK, SQ, H, B) */
+    int32_t mask_steps[2];
     void *dmask; /* its gradient, of the same type; NULL: not wanted */
     int64_t dmask_batch, dmask_head, dmask_query, dmask_key;
     int32_t dmask_batches, dmask_heads; /* its sizes */
@@ -85,7 +88,9 @@ typedef struct fa_bwd_sm90_params {
     float *dq_sum;              /* (B, HQ, q_blocks, BM / 64, D / 8, 128, 4) fp32,
         as the accumulators lie in a warpgroup */
     uint32_t *turn;             /* (B, HQ, q_blocks): key blocks that have added to this block of dQ */
-    uint32_t *spoilt;           /* becomes 1 where a sum is not finite; NULL where nothing is hidden */
+    uint32_t *wild;             /* (B, HQ, q_blocks): does Q or dO of this block hold NaN or infinity? NULL where no
+        pair is hidden (bwd_sm90_wild.cuh) */
+    fa_bwd_sm90_view q;
     int32_t B, HQ, HK, group, SQ, SK, D, DV;
     int32_t q_blocks, k_blocks, BM, BN;
     int32_t order, ring, heads_together; /* key blocks in a ring; heads whose thread blocks start in turn */

@@ -3,6 +3,7 @@
 #define FA_BWD_SM90_SHARED_CUH
 
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/shared_store.cuh"
 #include "../ptx/warpgroup.cuh"
 #include "../ptx/wgmma.cuh"
 #include "bwd_sm90_walk.cuh"
@@ -20,13 +21,22 @@ template <typename T_, int D_, int DV_, int BM_, int BN_, bool MOD_> struct fa_b
     static constexpr int STAGES = 2;               /* blocks of Q and of dO in flight */
     static constexpr int PARTS = BM / 64 * D / 64; /* of 64 x 64 in a block of dQ */
     static constexpr int THREADS = 4 * FA_WARPGROUP;
+    /* bytes for a tile of a float mask: less than fp32 takes where BM = 128, none where D = 256 */
+    static constexpr int BIAS_BYTES = !MOD ? 0 : !SPLIT ? 32768 : D <= 192 ? 16384 : 0;
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 208, DQ_REGISTERS = 72;
 };
 
 enum { FA_WARPGROUP_PRODUCER, FA_WARPGROUP_FIRST, FA_WARPGROUP_SECOND, FA_WARPGROUP_DQ };
 enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL }; /* of the producer warpgroup */
 
-enum { FA_BAR_PAIR = 1 }; /* named barriers FA_BAR_PAIR + 0, 1: a warpgroup of the pair */
+enum { FA_BAR_ALONE = 1 }; /* named barriers FA_BAR_ALONE + 1 .. 3: of one warpgroup alone */
+
+/* The warpgroup's own; it has written to shared memory, and its next product reads that. */
+__device__ __forceinline__ void fa_publish(void)
+{
+    fa_fence_shared_async();
+    fa_bar_sync(FA_BAR_ALONE + threadIdx.x / FA_WARPGROUP, FA_WARPGROUP);
+}
 
 /* A full barrier says that something may be read, an empty one that it may be overwritten. Of two stages each where
  * a _1 follows. */
@@ -40,6 +50,8 @@ enum fa_bwd_bar {
     FA_BAR_DS_EMPTY, FA_BAR_DS_EMPTY_1,
     FA_BAR_P_FULL, FA_BAR_P_FULL_1, /* SPLIT only */
     FA_BAR_P_EMPTY, FA_BAR_P_EMPTY_1,
+    FA_BAR_BIAS_FULL, /* one stage, MOD only */
+    FA_BAR_BIAS_EMPTY,
     FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
     FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
     FA_BARS
@@ -58,6 +70,8 @@ template <class C> struct fa_bwd_mod_shared<C, true> {
     const void *mask[2];                             /* element (0, 0) of a float mask */
     int head[2];
     float slope[2];                                  /* ALiBi, in units of log2 */
+    /* a tile of a float mask, rows of 128 bytes: its rows are queries, its columns keys */
+    alignas(C::BIAS_BYTES ? 1024 : 16) unsigned char bias[C::BIAS_BYTES ? C::BIAS_BYTES : 16];
 };
 
 /* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. ds: rows are keys, columns queries. */
@@ -67,11 +81,12 @@ template <class C> struct fa_bwd_sm90_shared {
     alignas(1024) typename C::T q[C::STAGES][C::BM * C::D];
     alignas(1024) typename C::T dout[C::STAGES][C::BM * C::DV];
     alignas(1024) typename C::T ds[2][C::BM * C::BN];
-    /* P; [stage][i][thread] holds registers 4 i .. 4 i + 3. Where not SPLIT: the weights of dS, of each warpgroup */
-    alignas(16) uint4 p[C::SPLIT || C::MOD ? 2 : 1][C::SPLIT || C::MOD ? C::BM / 16 : 1][FA_WARPGROUP];
+    /* P, SPLIT only: [stage][i][thread] holds registers 4 i .. 4 i + 3 */
+    alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][FA_WARPGROUP];
     alignas(16) float lse[C::STAGES][C::BM];
     alignas(16) float delta[C::STAGES][C::BM];
     int query[C::STAGES];    /* first query of the block in this stage */
+    uint32_t wild[C::STAGES]; /* as params.wild has it */
     fa_dq_target dq;         /* where the next dQ goes */
     int signalled;           /* steps whose dQ other thread blocks can see */
     uint64_t bar[FA_BARS];

@@ -3,6 +3,7 @@
 #define FA_BWD_SM90_SPLIT_CUH
 
 #include "bwd_sm90_mod.cuh"
+#include "bwd_sm90_wild.cuh"
 
 /* P from one warpgroup to the other; a thread reads what the thread of the same place wrote. */
 template <class C>
@@ -27,15 +28,15 @@ __device__ __forceinline__ void fa_take_weights(fa_bwd_sm90_shared<C> &sh, int t
 /* s holds S of step t; w <- P, and the other warpgroup gets its weights. */
 template <class C>
 __device__ __forceinline__ void fa_split_weights(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                                 const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
-                                                 uint32_t (&w)[C::BM / 4])
+                                                 const fa_bwd_unit &u, int t, int key0, const fa_kept<C> &kept,
+                                                 float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4])
 {
     if constexpr (C::MOD) {
         fa_mod_weights<C>(p, sh, u, t, key0, s, w);
         if (p.mod.options & FA_MOD_TWO_WEIGHTS) {
             int stage = fa_stage_of(t);
             fa_mbar_wait(&sh.bar[FA_BAR_P_EMPTY + stage], fa_parity_of(t) ^ 1);
-            fa_round_weights<C>(p, sh, t, key0, s, w, &sh.p[stage][0][threadIdx.x % FA_WARPGROUP]);
+            fa_round_weights<C>(p.mod, s, kept, w, &sh.p[stage][0][threadIdx.x % FA_WARPGROUP]);
             fa_warp_arrive(&sh.bar[FA_BAR_P_FULL + stage]);
             return;
         }
@@ -44,6 +45,21 @@ __device__ __forceinline__ void fa_split_weights(const fa_bwd_sm90_params &p, fa
     }
     fa_round<C>(w, s);
     fa_give_weights<C>(sh, t, w);
+}
+
+/* dV of step t, once its dO is there. */
+template <class C>
+__device__ __forceinline__ void fa_split_values(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int t, int key0,
+                                                uint32_t (&w)[C::BM / 4], fa_gradient<C::DV> &dv)
+{
+    int stage = fa_stage_of(t);
+    fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + stage], fa_parity_of(t));
+    if (p.wild && sh.wild[stage] && fa_hides<C>(p, sh, u, t, key0)) {
+        fa_clean<typename C::T, C::BM * C::DV>(sh.dout[stage]);
+        fa_publish();
+    }
+    fa_start_values<C>(c, t, w, dv);
 }
 
 /* P and dV. Time runs downwards:
@@ -60,28 +76,29 @@ __device__ __forceinline__ void fa_values_steps(const fa_bwd_sm90_params &p, fa_
     uint32_t w[C::BM / 4];
     float s[C::BM / 2];
     int t = 0;
+    fa_kept<C> kept = {};
     fa_start_scores<C>(sh, c, s, 0);
+    fa_draw_ahead<C>(p, sh, 0, key0, kept);
     fa_wgmma_wait<0>();
-    fa_split_weights<C>(p, sh, u, 0, key0, s, w);
+    fa_split_weights<C>(p, sh, u, 0, key0, kept, s, w);
     for (; t < u.steps - 1; t++) {
         fa_start_scores<C>(sh, c, s, t + 1);
-        fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
-        fa_start_values<C>(c, t, w, dv);
+        fa_split_values<C>(p, sh, u, c, t, key0, w, dv);
+        fa_draw_ahead<C>(p, sh, t + 1, key0, kept);
         fa_wgmma_wait<0>();
         dv.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_split_weights<C>(p, sh, u, t + 1, key0, s, w);
+        fa_split_weights<C>(p, sh, u, t + 1, key0, kept, s, w);
     }
-    fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + fa_stage_of(t)], fa_parity_of(t));
-    fa_start_values<C>(c, t, w, dv);
+    fa_split_values<C>(p, sh, u, c, t, key0, w, dv);
     fa_wgmma_wait<0>();
     dv.hold();
 }
 
 /* dP of step t becomes dS. */
 template <class C>
-__device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh, int t,
-                                                  float (&dp)[C::BM / 2])
+__device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                                  const fa_bwd_unit &u, int t, float (&dp)[C::BM / 2])
 {
     uint32_t weights[C::BM / 4];
     fa_take_weights<C>(sh, t, weights);
@@ -91,6 +108,23 @@ __device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, f
     else
         fa_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)]);
     fa_warp_arrive(&sh.bar[FA_BAR_P_EMPTY + fa_stage_of(t)]);
+    if (p.wild && fa_hides<C>(p, sh, u, t, u.walk.n * C::BN))
+        fa_clear_hidden<C>(dp, weights);
+}
+
+/* dK of step t. */
+template <class C>
+__device__ __forceinline__ void fa_split_keys(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
+                                              const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int t,
+                                              uint32_t (&ds)[C::BM / 4], fa_gradient<C::D> &dk)
+{
+    int stage = fa_stage_of(t);
+    if (p.wild && sh.wild[stage] && fa_hides<C>(p, sh, u, t, u.walk.n * C::BN)) {
+        fa_mbar_wait(&sh.bar[FA_BAR_Q_FULL + stage], fa_parity_of(t));
+        fa_clean<typename C::T, C::BM * C::D>(sh.q[stage]);
+        fa_publish();
+    }
+    fa_start_keys<C>(c, t, ds, dk);
 }
 
 /* dS and dK. Time runs downwards:
@@ -101,26 +135,27 @@ __device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, f
  */
 template <class C>
 __device__ __forceinline__ void fa_gradient_steps(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                                  const fa_bwd_keys<C> &c, int steps, fa_gradient<C::D> &dk)
+                                                  const fa_bwd_unit &u, const fa_bwd_keys<C> &c,
+                                                  fa_gradient<C::D> &dk)
 {
     uint32_t w[C::BM / 4];
     float dp[C::BM / 2];
     int t = 0;
     fa_start_value_scores<C>(sh, c, dp, 0);
     fa_wgmma_wait<0>();
-    fa_split_gradient<C>(p, sh, 0, dp);
+    fa_split_gradient<C>(p, sh, u, 0, dp);
     fa_round<C>(w, dp);
-    for (; t < steps - 1; t++) {
+    for (; t < u.steps - 1; t++) {
         fa_start_value_scores<C>(sh, c, dp, t + 1);
-        fa_start_keys<C>(c, t, w, dk);
+        fa_split_keys<C>(p, sh, u, c, t, w, dk);
         fa_hand_over_ds<C>(sh, t, w, 0);
         fa_wgmma_wait<0>();
         dk.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_split_gradient<C>(p, sh, t + 1, dp);
+        fa_split_gradient<C>(p, sh, u, t + 1, dp);
         fa_round<C>(w, dp);
     }
-    fa_start_keys<C>(c, t, w, dk);
+    fa_split_keys<C>(p, sh, u, c, t, w, dk);
     fa_hand_over_ds<C>(sh, t, w, 0);
     fa_wgmma_wait<0>();
     dk.hold();
@@ -150,7 +185,7 @@ __device__ __forceinline__ void fa_consume_for_keys(const fa_bwd_sm90_params &p,
     dk.clear();
     if (u.steps > 0) {
         fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
-        fa_gradient_steps<C>(p, sh, c, u.steps, dk);
+        fa_gradient_steps<C>(p, sh, u, c, dk);
     }
     fa_store_gradient<C, C::D>(p, p.dk, u, dk, p.scale, u.walk.n * C::BN, p.D);
 }

@@ -4,9 +4,9 @@
 
 #include "../ptx/math.cuh"
 #include "../ptx/shared_store.cuh"
+#include "../ptx/warpgroup.cuh"
 #include "../tile/store_rows.cuh"
 #include "bwd_sm90_shared.cuh"
-#include "bwd_sm90_spoilt.cuh"
 
 /* S^T or dP^T (64 keys, BM): A = K or V, B = Q or dO, both contiguous along COLUMNS, the summed dimension. */
 template <class C, int COLUMNS>
@@ -121,7 +121,8 @@ template <class C> __device__ __forceinline__ void fa_round(uint32_t (&w)[C::BM 
         w[i] = fa_pack<typename C::T>(s[2 * i], s[2 * i + 1]);
 }
 
-/* Has all of w decide something that is never so (no rounding gives NaNs of all ones): the assembler then cannot move
+/* Has all of w decide something that is hardly ever so (no rounding gives NaNs of all ones) and does not matter: the
+ * assembler then cannot move
  * the work behind the wait that follows, where it would no longer run beside the product in flight. */
 template <int R> __device__ __forceinline__ void fa_settle(const uint32_t (&w)[R])
 {
@@ -189,10 +190,8 @@ __device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_params &p, c
     typename C::T *to = (typename C::T *)v.data + u.b * v.batch + u.hk * v.head;
     constexpr int N = fa_gradient<COLUMNS>::N;
 #pragma unroll
-    for (int part = 0; part < COLUMNS / N; part++) {
+    for (int part = 0; part < COLUMNS / N; part++)
         fa_store_rows<typename C::T, N>(to + part * N, v.row, d.part[part], f, key0, p.SK, columns - part * N);
-        fa_note_spoilt(p.spoilt, d.part[part]);
-    }
 }
 
 /* ---- steps of both kinds of consumers: start a product, finish what follows it ----------------------------------- */

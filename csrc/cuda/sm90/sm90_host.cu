@@ -58,20 +58,23 @@ static encode_fn *find_encode(void)
 static bool encode_map(encode_fn *encode, const fa_sm90_map *m)
 {
     const fa_tensor *t = m->t;
+    int width = t->dtype == FA_F32 ? 4 : 2;
     cuuint64_t size[4]; /* from columns outwards */
     for (int i = 0; i < 4; i++)
         size[i] = (cuuint64_t)t->size[3 - i];
     cuuint64_t stride[3]; /* in bytes, from rows outwards */
     for (int i = 0; i < 3; i++) {
         bool still = t->size[2 - i] == 1 || t->stride[2 - i] == 0;
-        stride[i] = still ? 16 : (cuuint64_t)t->stride[2 - i] * 2;
+        stride[i] = still ? 16 : (cuuint64_t)t->stride[2 - i] * width;
         if (still)
             size[i + 1] = 1;
         if (i > 0)
             m->steps[i - 1] = still ? 0 : 1;
     }
-    cuuint32_t box[4] = {64, (cuuint32_t)m->rows, 1, 1}, one[4] = {1, 1, 1, 1};
-    CUtensorMapDataType type = t->dtype == FA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    cuuint32_t box[4] = {(cuuint32_t)(128 / width), (cuuint32_t)m->rows, 1, 1}, one[4] = {1, 1, 1, 1};
+    CUtensorMapDataType type = t->dtype == FA_F32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                               : t->dtype == FA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     return encode(m->map, type, 4, t->data, size, stride, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

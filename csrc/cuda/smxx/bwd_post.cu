@@ -1,7 +1,6 @@
 /* After backward: dQ = scale * dq_sum, rounded, from the layout of accumulators to rows. */
 #include "../ptx/warpgroup.cuh"
 #include "../sm90/bwd_sm90.h"
-#include "../sm90/bwd_sm90_spoilt.cuh"
 #include "../sm90/bwd_sm90_walk.cuh"
 #include "../tile/store_rows.cuh"
 
@@ -22,7 +21,6 @@ __global__ void __launch_bounds__(FA_WARPGROUP) fa_bwd_post_kernel(const fa_bwd_
         dq[4 * i + 2] = x.z;
         dq[4 * i + 3] = x.w;
     }
-    fa_note_spoilt(p.spoilt, dq);
     fa_rows_out f = {{p.scale, p.scale}, {0.f, 0.f}, {false, false}};
     T *to = (T *)p.dq.data + b * p.dq.batch + h * p.dq.head;
     fa_store_rows<T, D>(to, p.dq.row, dq, f, row, p.SQ, p.D);

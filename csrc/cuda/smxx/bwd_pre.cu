@@ -16,57 +16,83 @@
 
 enum { FA_PRE_THREADS = 256, FA_PRE_LANES = 8 }; /* lanes of a row: 8 * 8 elements at a time */
 
-template <typename T> __device__ __forceinline__ float fa_dot_8(const T *x, const T *y)
+/* probe becomes NaN where y is not finite. */
+template <typename T> __device__ __forceinline__ float fa_dot_8(const T *x, const T *y, float &probe)
 {
     uint4 a = *(const uint4 *)x, b = *(const uint4 *)y;
     const T *u = (const T *)&a, *v = (const T *)&b;
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++) {
         sum = fmaf(fa_widen(u[i]), fa_widen(v[i]), sum);
+        probe = fmaf(fa_widen(v[i]), 0.f, probe);
+    }
     return sum;
 }
 
-/* len: queries of the batch. The log-sum-exp may be the least number, which in units of log2 would be -inf. */
-__device__ __forceinline__ void fa_store_row(const fa_bwd_sm90_params &p, int64_t at, int b, int h, int i, int len,
-                                             float sum)
+__device__ __forceinline__ float fa_row_sum(float x)
 {
-    if (i >= len) {
-        p.row_lse[at] = CUDART_INF_F;
-        p.row_delta[at] = 0.f;
-        return;
-    }
-    float lse = ((const float *)p.lse.data)[b * p.lse.batch + h * p.lse.head + i * p.lse.row];
-    float dlse = p.dlse.data ? ((const float *)p.dlse.data)[b * p.dlse.batch + h * p.dlse.head + i * p.dlse.row] : 0.f;
-    bool empty = lse == -CUDART_INF_F;
-    p.row_lse[at] = empty ? CUDART_INF_F : lse >= -FLT_MAX ? fmaxf(lse * 1.44269504088896f, -FLT_MAX) : lse;
-    p.row_delta[at] = empty ? 0.f : sum - dlse;
-}
-
-template <typename T> __global__ void __launch_bounds__(FA_PRE_THREADS) fa_bwd_pre_kernel(const fa_bwd_sm90_params p)
-{
-    int64_t at = ((int64_t)blockIdx.x * FA_PRE_THREADS + threadIdx.x) / FA_PRE_LANES;
-    int lane = threadIdx.x % FA_PRE_LANES, rows = p.q_blocks * p.BM;
-    if (at >= (int64_t)p.B * p.HQ * rows)
-        return;
-    int head = (int)(at / rows), i = (int)(at - (int64_t)head * rows), b = head / p.HQ, h = head - b * p.HQ;
-    int len = p.mod.options & FA_MOD_LENGTHS ? fa_length_of(p.mod.q_len, b, p.SQ) : p.SQ;
-    float sum = 0.f;
-    if (i < len) {
-        const T *out = (const T *)p.out.data + b * p.out.batch + h * p.out.head + i * p.out.row;
-        const T *dout = (const T *)p.dout.data + b * p.dout.batch + h * p.dout.head + i * p.dout.row;
-        for (int column = 8 * lane; column < p.DV; column += 8 * FA_PRE_LANES)
-            sum += fa_dot_8(out + column, dout + column);
-    }
 #pragma unroll
     for (int distance = FA_PRE_LANES / 2; distance > 0; distance /= 2)
-        sum += __shfl_xor_sync(0xffffffff, sum, distance);
+        x += __shfl_xor_sync(0xffffffff, x, distance);
+    return x;
+}
+
+template <typename T> __device__ __forceinline__ const T *fa_row_at(const fa_bwd_sm90_view &v, int b, int h, int i)
+{
+    return (const T *)v.data + b * v.batch + h * v.head + i * v.row;
+}
+
+/* A row's log-sum-exp in units of log2. The least number stays one; infinity comes of infinite scores. */
+__device__ __forceinline__ float fa_lse_in_log2(float lse)
+{
+    if (lse == -CUDART_INF_F)
+        return CUDART_INF_F;
+    return lse < CUDART_INF_F ? fmaxf(lse * 1.44269504088896f, -FLT_MAX) : CUDART_NAN_F;
+}
+
+/* Row i of head h, by its lanes. Returns whether Q or dO may hold NaN or infinity: a Q that takes part in a score says so
+ * in the log-sum-exp. A wild dO makes it NaN where there are hidden pairs (bwd_sm90_wild.cuh). */
+template <typename T>
+__device__ __forceinline__ bool fa_pre_row(const fa_bwd_sm90_params &p, int64_t at, int b, int h, int i, int lane)
+{
+    const T *out = fa_row_at<T>(p.out, b, h, i), *dout = fa_row_at<T>(p.dout, b, h, i), *q = fa_row_at<T>(p.q, b, h, i);
+    float lse = *fa_row_at<float>(p.lse, b, h, i), sum = 0.f, probe = 0.f;
+    for (int column = 8 * lane; column < p.DV; column += 8 * FA_PRE_LANES)
+        sum += fa_dot_8(out + column, dout + column, probe);
+    if (p.wild && lse == -CUDART_INF_F)
+        for (int column = 8 * lane; column < p.D; column += 8 * FA_PRE_LANES)
+            fa_dot_8(q + column, q + column, probe);
+    sum = fa_row_sum(sum);
+    bool wild = fa_row_sum(probe) != 0.f;
     if (lane == 0) {
-        fa_store_row(p, at, b, h, i, len, sum);
-        if (i % p.BM == 0)
-            p.turn[at / p.BM] = 0;
-        if (at == 0 && p.spoilt)
-            *p.spoilt = 0;
+        bool empty = lse == -CUDART_INF_F;
+        float dlse = p.dlse.data ? *fa_row_at<float>(p.dlse, b, h, i) : 0.f;
+        p.row_lse[at] = p.wild && wild && !empty ? CUDART_NAN_F : fa_lse_in_log2(lse);
+        p.row_delta[at] = empty ? 0.f : sum - dlse;
+    }
+    return wild || !(lse < CUDART_INF_F);
+}
+
+/* Thread block: the rows of a block of BM queries. */
+template <typename T> __global__ void __launch_bounds__(1024) fa_bwd_pre_kernel(const fa_bwd_sm90_params p)
+{
+    int block = blockIdx.x, head = block / p.q_blocks, row = threadIdx.x / FA_PRE_LANES, b = head / p.HQ;
+    int i = (block - head * p.q_blocks) * p.BM + row, lane = threadIdx.x % FA_PRE_LANES;
+    int len = p.mod.options & FA_MOD_LENGTHS ? fa_length_of(p.mod.q_len, b, p.SQ) : p.SQ;
+    int64_t at = (int64_t)block * p.BM + row;
+    bool wild = false;
+    if (i < len) {
+        wild = fa_pre_row<T>(p, at, b, head - b * p.HQ, i, lane);
+    } else if (lane == 0) {
+        p.row_lse[at] = CUDART_INF_F;
+        p.row_delta[at] = 0.f;
+    }
+    wild = __syncthreads_or(wild);
+    if (threadIdx.x == 0) {
+        p.turn[block] = 0;
+        if (p.wild)
+            p.wild[block] = wild;
     }
 }
 
@@ -117,24 +143,30 @@ static int64_t words_of(const fa_bwd_sm90_params *p)
            (m->mask_query ? p->q_blocks * (p->BM / 64) : 1) * (m->bits_key ? (int64_t)p->k_blocks * p->BN : 2);
 }
 
-static cudaError_t launch(const void *kernel, int64_t threads, const fa_bwd_sm90_params *p, cudaStream_t stream)
+static cudaError_t launch(const void *kernel, int64_t blocks, int threads, const fa_bwd_sm90_params *p,
+                          cudaStream_t stream)
 {
     void *arguments[] = {(void *)p};
-    dim3 grid((unsigned)((threads + FA_PRE_THREADS - 1) / FA_PRE_THREADS));
-    return cudaLaunchKernel(kernel, grid, dim3(FA_PRE_THREADS), arguments, 0, stream);
+    return cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3((unsigned)threads), arguments, 0, stream);
+}
+
+/* A thread for each of n. */
+static cudaError_t launch_each(const void *kernel, int64_t n, const fa_bwd_sm90_params *p, cudaStream_t stream)
+{
+    return launch(kernel, (n + FA_PRE_THREADS - 1) / FA_PRE_THREADS, FA_PRE_THREADS, p, stream);
 }
 
 extern "C" cudaError_t fa_bwd_pre_launch(const fa_bwd_sm90_params *p, fa_dtype dtype, cudaStream_t stream)
 {
-    int64_t rows = (int64_t)p->B * p->HQ * p->q_blocks * p->BM; /* a multiple of 64: warps are whole */
-    if (rows == 0)
+    int64_t blocks = (int64_t)p->B * p->HQ * p->q_blocks;
+    if (blocks == 0)
         return cudaSuccess;
     const void *kernel = dtype == FA_BF16 ? (const void *)fa_bwd_pre_kernel<fa_bf16_t>
                                           : (const void *)fa_bwd_pre_kernel<fa_f16_t>;
-    cudaError_t e = launch(kernel, rows * FA_PRE_LANES, p, stream);
+    cudaError_t e = launch(kernel, blocks, p->BM * FA_PRE_LANES, p, stream);
     if (e == cudaSuccess && (p->mod.options & FA_MOD_LENGTHS))
-        e = launch((const void *)fa_bwd_maps_kernel, (int64_t)p->B * FA_MAPS, p, stream);
+        e = launch_each((const void *)fa_bwd_maps_kernel, (int64_t)p->B * FA_MAPS, p, stream);
     if (e == cudaSuccess && (p->mod.options & FA_MOD_BITS))
-        e = launch((const void *)fa_bwd_bits_kernel, words_of(p), p, stream);
+        e = launch_each((const void *)fa_bwd_bits_kernel, words_of(p), p, stream);
     return e;
 }

@@ -10,8 +10,7 @@ enum { FA_PLAIN_WARPS = 4, FA_PLAIN_LANES = 32 };
 
 struct fa_plain_params {
     fa_args a;
-    const void *lse2, *delta; /* backward: [B HQ][rows], float or double */
-    int64_t rows;             /* at least SQ */
+    const void *lse2, *delta; /* backward: [B HQ SQ], float or double */
 };
 
 /* One query head of one sequence; a warp works on one of its rows. */

@@ -9,7 +9,7 @@ enum { COLUMNS = FA_MAX_HEAD_DIM / 32 };
 __device__ static void row_of(const fa_plain_params &params, const fa_plain_head &p, int64_t i, double *lse,
                               double *delta)
 {
-    const int64_t at = (p.seq.q_batch * p.a->q.size[1] + p.h) * params.rows + p.seq.q_row + i;
+    const int64_t at = (p.seq.q_batch * p.a->q.size[1] + p.h) * p.a->q.size[2] + p.seq.q_row + i;
     const double ln2 = 0.6931471805599453;
     if (p.a->q.dtype == FA_F64) {
         *lse = ((const double *)params.lse2)[at] * ln2;
@@ -55,38 +55,21 @@ __device__ static void add_row(double (&acc)[COLUMNS], double w, const fa_tensor
     }
 }
 
-/* Is some element of the row NaN or infinite? Asked by a warp. */
-__device__ static bool is_wild(const fa_tensor *t, int64_t at)
-{
-    bool wild = false;
-    for (int64_t d = threadIdx.x % 32; t->data && d < t->size[3]; d += 32)
-        wild |= !isfinite(fa_load(t->data, t->dtype, at + d * t->stride[3]));
-    return __any_sync(0xffffffffu, wild);
-}
-
-/* Are all sums NaN or infinite, whatever is added? */
-__device__ static bool all_wild(const fa_tensor *t, const double (&acc)[COLUMNS])
-{
-    bool wild = true;
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++)
-        wild &= threadIdx.x % 32 + 32 * c >= t->size[3] || !isfinite(acc[c]);
-    return __all_sync(0xffffffffu, wild);
-}
-
 /* ---- dQ ---------------------------------------------------------------------------------------------------------- */
 
-/* Row i, by a warp. REPAIR: only where it is wild, and not of itself: its log-sum-exp and delta are finite. */
-template <bool REPAIR>
-__device__ static void query_row(const fa_plain_params &params, const fa_plain_head &p, int64_t i, double *q)
+__global__ void fa_bwd_plain_queries(const __grid_constant__ fa_plain_params params)
 {
-    const fa_args *a = p.a;
-    double *dout = q + a->q.size[3], acc[COLUMNS] = {0}, lse = INFINITY, delta = 0;
-    const int64_t to = fa_q_at(&p.seq, &a->dq, p.h, i);
+    extern __shared__ __align__(16) char smem[];
+    const fa_args *a = &params.a;
+    double *q = (double *)smem + threadIdx.x / 32 * (a->q.size[3] + a->v.size[3]), *dout = q + a->q.size[3];
+    const int64_t panels = fa_ceil_div(a->q.size[2], FA_PLAIN_WARPS), nh = blockIdx.x / panels;
+    const int64_t i = blockIdx.x % panels * FA_PLAIN_WARPS + threadIdx.x / 32;
+    const fa_plain_head p = fa_plain_head_at(a, nh / a->q.size[1], nh % a->q.size[1]);
+    if (i >= p.seq.q_rows)
+        return;
+    double acc[COLUMNS] = {0}, lse = INFINITY, delta = 0;
     if (i < p.seq.span.q_len)
         row_of(params, p, i, &lse, &delta);
-    if (REPAIR && !(isfinite(delta) && !isnan(lse) && is_wild(&a->dq, to)))
-        return;
     if (lse != INFINITY) {
         fa_plain_read(q, &a->q, fa_q_at(&p.seq, &a->q, p.h, i), 1);
         fa_plain_read(dout, &a->dout, fa_q_at(&p.seq, &a->dout, p.h, i), 1);
@@ -104,24 +87,11 @@ __device__ static void query_row(const fa_plain_params &params, const fa_plain_h
             }
         }
     }
-    store_row(&a->dq, to, acc);
-}
-
-/* Piece of work `unit`: row i of head h of sequence n, one to a warp. */
-template <bool REPAIR>
-__device__ static void query_unit(const fa_plain_params &params, int64_t unit, double *shared)
-{
-    const fa_args *a = &params.a;
-    const int64_t panels = fa_ceil_div(a->q.size[2], FA_PLAIN_WARPS), nh = unit / panels;
-    const int64_t i = unit % panels * FA_PLAIN_WARPS + threadIdx.x / 32;
-    const fa_plain_head p = fa_plain_head_at(a, nh / a->q.size[1], nh % a->q.size[1]);
-    if (i < p.seq.q_rows)
-        query_row<REPAIR>(params, p, i, shared);
+    store_row(&a->dq, fa_q_at(&p.seq, &a->dq, p.h, i), acc);
 }
 
 /* ---- dK, dV ------------------------------------------------------------------------------------------------------ */
 
-template <bool REPAIR>
 __device__ static void add_head(const fa_plain_params &params, const fa_plain_head &p, int64_t j, const double *k,
                                 const double *v, double (&dk)[COLUMNS], double (&dv)[COLUMNS])
 {
@@ -144,108 +114,31 @@ __device__ static void add_head(const fa_plain_params &params, const fa_plain_he
             if (ds != 0)
                 add_row(dk, ds, &a->q, fa_q_at(&p.seq, &a->q, p.h, i0 + other));
         }
-        if (REPAIR && all_wild(&a->k, dk) && all_wild(&a->v, dv))
-            return;
     }
-}
-
-/* Row j of a sequence, by a warp. REPAIR: only where it is wild. */
-template <bool REPAIR>
-__device__ static void key_row(const fa_plain_params &params, const fa_seq &seq, int64_t hk, int64_t j, double *k)
-{
-    const fa_args *a = &params.a;
-    const int64_t group = a->q.size[1] / a->k.size[1];
-    const int64_t to_k = fa_k_at(a, &seq, &a->dk, hk, j), to_v = fa_k_at(a, &seq, &a->dv, hk, j);
-    double *v = k + a->q.size[3], dk[COLUMNS] = {0}, dv[COLUMNS] = {0};
-    if (REPAIR && !is_wild(&a->dk, to_k) && !is_wild(&a->dv, to_v))
-        return;
-    if (j < seq.span.k_len) {
-        fa_plain_read(k, &a->k, fa_k_at(a, &seq, &a->k, hk, j), 1);
-        fa_plain_read(v, &a->v, fa_k_at(a, &seq, &a->v, hk, j), 1);
-        for (int64_t h = hk * group; h < (hk + 1) * group; h++)
-            add_head<REPAIR>(params, fa_plain_head_at(a, seq.n, h), j, k, v, dk, dv);
-    }
-    if (a->dk.data)
-        store_row(&a->dk, to_k, dk);
-    if (a->dv.data)
-        store_row(&a->dv, to_v, dv);
-}
-
-template <bool REPAIR>
-__device__ static void key_unit(const fa_plain_params &params, int64_t unit, double *shared)
-{
-    const fa_args *a = &params.a;
-    const int64_t panels = fa_ceil_div(a->k.size[2], FA_PLAIN_WARPS), nh = unit / panels;
-    const int64_t j = unit % panels * FA_PLAIN_WARPS + threadIdx.x / 32;
-    const fa_seq seq = fa_seq_at(a, nh / a->k.size[1]);
-    if (j < seq.k_rows)
-        key_row<REPAIR>(params, seq, nh % a->k.size[1], j, shared);
-}
-
-/* ---- kernels of rows --------------------------------------------------------------------------------------------- */
-
-/* A warp's own part of shared memory: a row of q or k, and one of dO or v. */
-__device__ static double *own_rows(const fa_args *a, char *smem)
-{
-    return (double *)smem + threadIdx.x / 32 * (a->q.size[3] + a->v.size[3]);
-}
-
-__global__ void fa_bwd_plain_queries(const __grid_constant__ fa_plain_params params)
-{
-    extern __shared__ __align__(16) char smem[];
-    query_unit<false>(params, blockIdx.x, own_rows(&params.a, smem));
 }
 
 __global__ void fa_bwd_plain_keys(const __grid_constant__ fa_plain_params params)
 {
     extern __shared__ __align__(16) char smem[];
-    key_unit<false>(params, blockIdx.x, own_rows(&params.a, smem));
-}
-
-static int64_t query_units(const fa_args *a)
-{
-    return (a->cu_q.data ? a->cu_q.size[0] : a->q.size[0]) * a->q.size[1] *
-           fa_ceil_div(a->q.size[2], FA_PLAIN_WARPS);
-}
-
-static int64_t key_units(const fa_args *a)
-{
-    return (a->cu_k.data ? a->cu_k.size[0] : a->k.size[0]) * a->k.size[1] *
-           fa_ceil_div(a->k.size[2], FA_PLAIN_WARPS);
-}
-
-static size_t shared_bytes(const fa_args *a)
-{
-    return sizeof(double) * FA_PLAIN_WARPS * (size_t)(a->q.size[3] + a->v.size[3]);
-}
-
-struct repair_params {
-    fa_plain_params plain;
-    const uint32_t *spoilt;
-    int64_t query_units, key_units;
-};
-
-/* Few thread blocks, for there is hardly ever anything to do. */
-__global__ void fa_bwd_repair(const __grid_constant__ repair_params p)
-{
-    extern __shared__ __align__(16) char smem[];
-    if (*p.spoilt == 0)
+    const fa_args *a = &params.a;
+    double *k = (double *)smem + threadIdx.x / 32 * (a->q.size[3] + a->v.size[3]), *v = k + a->q.size[3];
+    const int64_t panels = fa_ceil_div(a->k.size[2], FA_PLAIN_WARPS), nh = blockIdx.x / panels;
+    const int64_t j = blockIdx.x % panels * FA_PLAIN_WARPS + threadIdx.x / 32, hk = nh % a->k.size[1];
+    const int64_t group = a->q.size[1] / a->k.size[1], n = nh / a->k.size[1];
+    const fa_seq seq = fa_seq_at(a, n);
+    if (j >= seq.k_rows)
         return;
-    double *rows = own_rows(&p.plain.a, smem);
-    for (int64_t unit = blockIdx.x; unit < p.query_units; unit += gridDim.x)
-        query_unit<true>(p.plain, unit, rows);
-    for (int64_t unit = blockIdx.x; unit < p.key_units; unit += gridDim.x)
-        key_unit<true>(p.plain, unit, rows);
-}
-
-fa_status fa_bwd_repair_launch(const fa_args *a, const fa_bwd_row_numbers *r, const uint32_t *spoilt,
-                               cudaStream_t stream, fa_error *err)
-{
-    enum { BLOCKS = 256 };
-    repair_params p = {{*a, r->lse2, r->delta, r->rows}, spoilt, 0, 0};
-    p.query_units = a->dq.data ? query_units(a) : 0;
-    p.key_units = a->dk.data || a->dv.data ? key_units(a) : 0;
-    return fa_launch("fa_bwd_repair", fa_bwd_repair, BLOCKS, 1, 32 * FA_PLAIN_WARPS, shared_bytes(a), stream, p, err);
+    double dk[COLUMNS] = {0}, dv[COLUMNS] = {0};
+    if (j < seq.span.k_len) {
+        fa_plain_read(k, &a->k, fa_k_at(a, &seq, &a->k, hk, j), 1);
+        fa_plain_read(v, &a->v, fa_k_at(a, &seq, &a->v, hk, j), 1);
+        for (int64_t h = hk * group; h < (hk + 1) * group; h++)
+            add_head(params, fa_plain_head_at(a, n, h), j, k, v, dk, dv);
+    }
+    if (a->dk.data)
+        store_row(&a->dk, fa_k_at(a, &seq, &a->dk, hk, j), dk);
+    if (a->dv.data)
+        store_row(&a->dv, fa_k_at(a, &seq, &a->dv, hk, j), dv);
 }
 
 /* ---- the gradient of a mask -------------------------------------------------------------------------------------- */
@@ -336,9 +229,9 @@ static void plan(const fa_args *a, int device, fa_plan *p)
     p->splits = 1;
     p->split_keys = a->k.size[2];
     p->panels = fa_ceil_div(a->q.size[2], FA_PLAIN_WARPS);
-    p->tasks = query_units(a);
+    p->tasks = (a->cu_q.data ? a->cu_q.size[0] : a->q.size[0]) * a->q.size[1] * p->panels;
     p->threads = 32 * FA_PLAIN_WARPS;
-    p->thread_bytes = shared_bytes(a);
+    p->thread_bytes = sizeof(double) * FA_PLAIN_WARPS * (size_t)(a->q.size[3] + a->v.size[3]);
     p->shared_bytes = fa_bwd_rows_bytes(a);
     p->why = "a warp to a row, in double: float64, or more shared memory than the device has";
     p->why_splits = "dQ by query rows, dK and dV by key rows";
@@ -351,14 +244,14 @@ static fa_status launch(const fa_args *a, const fa_plan *p, void *workspace, cud
     params.a = *a;
     params.lse2 = rows.lse2;
     params.delta = rows.delta;
-    params.rows = rows.rows;
     fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
     if (!status && a->dq.data)
         status = fa_launch(p->kernel, fa_bwd_plain_queries, p->tasks, 1, p->threads, p->thread_bytes, stream, params,
                            err);
+    const int64_t keys = (a->cu_k.data ? a->cu_k.size[0] : a->k.size[0]) * a->k.size[1];
     if (!status && (a->dk.data || a->dv.data))
-        status = fa_launch(p->kernel, fa_bwd_plain_keys, key_units(a), 1, p->threads, p->thread_bytes, stream, params,
-                           err);
+        status = fa_launch(p->kernel, fa_bwd_plain_keys, keys * fa_ceil_div(a->k.size[2], FA_PLAIN_WARPS), 1,
+                           p->threads, p->thread_bytes, stream, params, err);
     const int64_t *m = a->mask.size;
     if (!status && a->dmask.data)
         status = fa_launch(p->kernel, fa_dmask_plain, fa_ceil_div(m[0] * m[1] * m[2] * m[3], FA_PLAIN_WARPS), 1,
