@@ -20,6 +20,12 @@ template <int DIM> __device__ __forceinline__ void fa_tensor_map_resize(CUtensor
                  : "memory");
 }
 
+/* The same of its address, a multiple of 16. */
+__device__ __forceinline__ void fa_tensor_map_move(CUtensorMap *map, const void *to)
+{
+    asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(to) : "memory");
+}
+
 __device__ __forceinline__ void fa_tensor_map_release(void)
 {
     asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");

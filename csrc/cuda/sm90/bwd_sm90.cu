@@ -39,7 +39,7 @@ extern "C" const fa_sm90_instance *fa_bwd_sm90_instance_at(int i)
 static bool needs_mod(const fa_args *a)
 {
     return a->mask.data || a->alibi.data || a->q_seqlens.data || a->kv_seqlens.data || a->softcap > 0 ||
-           a->dropout_p > 0;
+           a->dropout_p > 0 || a->by_sequence;
 }
 
 /* The narrowest that holds the head dimensions. */
@@ -85,20 +85,22 @@ static bool writable(const fa_tensor *t)
 static bool countable(const fa_args *a)
 {
     int64_t rows = a->q.size[2] > a->k.size[2] ? a->q.size[2] : a->k.size[2], heads = a->q.size[0] * a->q.size[1];
-    return heads <= INT32_MAX && heads * (rows / 64 + 2) <= INT32_MAX;
+    int64_t sequences = a->cu_q.data ? a->cu_q.size[0] : 0;
+    return heads <= INT32_MAX && heads * (rows / 64 + 2 + sequences) <= INT32_MAX;
 }
 
 extern "C" bool fa_bwd_sm90_can(const fa_args *a)
 {
     bool inputs = readable(&a->q) && readable(&a->k) && readable(&a->v) && readable(&a->out) && readable(&a->dout);
-    return fa_bwd_sm90_choose(a) && !a->by_sequence && a->dropout_p < 1 && countable(a) && inputs &&
-           writable(&a->dq) && writable(&a->dk) && writable(&a->dv);
+    bool sequences = !a->by_sequence || (a->cu_q.data && a->cu_k.data && !a->mask.data);
+    return fa_bwd_sm90_choose(a) && sequences && a->dropout_p < 1 && countable(a) && inputs && writable(&a->dq) &&
+           writable(&a->dk) && writable(&a->dv);
 }
 
 /* ---- workspace --------------------------------------------------------------------------------------------------- */
 
 typedef struct workspace_parts {
-    size_t dq_sum, row_lse, row_delta, turn, wild, maps, bits, end; /* offsets in bytes */
+    size_t dq_sum, row_lse, row_delta, turn, wild, maps, firsts, rows, bits, end; /* offsets in bytes */
 } workspace_parts;
 
 static size_t align_256(size_t bytes)
@@ -126,10 +128,32 @@ static void words_of(const fa_args *a, const fa_sm90_instance *f, int64_t (&word
     words[3] = is_broadcast(m, 3) ? 2 : blocks_of(m->size[3], f->BN) * f->BN;
 }
 
+static bool is_packed(const fa_args *a)
+{
+    return a->cu_q.data != NULL;
+}
+
+static bool has_lengths(const fa_args *a)
+{
+    return is_packed(a) || a->q_seqlens.data || a->kv_seqlens.data;
+}
+
+/* Blocks of `size` rows of a head; those of packed sequences as bwd_sm90_params.h has them. */
+static int64_t numbers_of(const fa_args *a, const fa_tensor *cu, int64_t rows, int size)
+{
+    return is_packed(a) ? rows / size + cu->size[0] : blocks_of(rows, size);
+}
+
+static int64_t batches_of(const fa_args *a)
+{
+    return is_packed(a) ? a->cu_q.size[0] : a->q.size[0];
+}
+
 static workspace_parts parts_of(const fa_args *a, const fa_sm90_instance *f)
 {
-    size_t blocks = (size_t)(a->q.size[0] * a->q.size[1] * blocks_of(a->q.size[2], f->BM)), rows = blocks * f->BM;
-    bool lengths = a->q_seqlens.data || a->kv_seqlens.data, bits = a->mask.data && a->mask.dtype == FA_BOOL;
+    size_t blocks = (size_t)(a->q.size[0] * a->q.size[1] * numbers_of(a, &a->cu_q, a->q.size[2], f->BM));
+    size_t rows = blocks * f->BM, batches = (size_t)batches_of(a);
+    bool bits = a->mask.data && a->mask.dtype == FA_BOOL;
     int64_t words[4];
     words_of(a, f, words);
     workspace_parts w = {};
@@ -138,7 +162,9 @@ static workspace_parts parts_of(const fa_args *a, const fa_sm90_instance *f)
     w.turn = w.row_delta + align_256(rows * sizeof(float));
     w.wild = w.turn + align_256(blocks * sizeof(uint32_t));
     w.maps = w.wild + align_256(blocks * sizeof(uint32_t));
-    w.bits = w.maps + (lengths ? align_256((size_t)a->q.size[0] * FA_MAPS * sizeof(CUtensorMap)) : 0);
+    w.firsts = w.maps + (has_lengths(a) ? align_256(batches * FA_MAPS * sizeof(CUtensorMap)) : 0);
+    w.rows = w.firsts + (is_packed(a) ? align_256(2 * (batches + 1) * sizeof(int32_t)) : 0);
+    w.bits = w.rows + (is_packed(a) && a->dsinks.data ? align_256(fa_bwd_rows_bytes(a)) : 0);
     w.end = w.bits + (bits ? align_256((size_t)(words[0] * words[1] * words[2] * words[3]) * sizeof(uint64_t)) : 0);
     return w;
 }
@@ -168,8 +194,8 @@ static void fill_sizes(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_in
     p->DV = (int32_t)a->v.size[3];
     p->BM = f->BM;
     p->BN = f->BN;
-    p->q_blocks = (int32_t)blocks_of(p->SQ, f->BM);
-    p->k_blocks = (int32_t)blocks_of(p->SK, f->BN);
+    p->q_blocks = (int32_t)numbers_of(a, &a->cu_q, p->SQ, f->BM);
+    p->k_blocks = (int32_t)numbers_of(a, &a->cu_k, p->SK, f->BN);
     p->scale = (float)a->scale;
     p->scale_log2 = (float)(a->scale * 1.4426950408889634);
 }
@@ -219,10 +245,14 @@ static void fill_memory(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_i
     p->row_delta = (float *)(workspace + w.row_delta);
     p->turn = (uint32_t *)(workspace + w.turn);
     p->mod.maps = (CUtensorMap *)(workspace + w.maps);
+    p->mod.first_q = (int32_t *)(workspace + w.firsts);
+    p->mod.first_k = p->mod.first_q + batches_of(a) + 1;
     p->mod.bits = (uint64_t *)(workspace + w.bits);
     if (a->window_left >= 0 || a->window_right >= 0 || (p->mod.options & FA_MOD_BITS)) /* some pairs are hidden */
         p->wild = (uint32_t *)(workspace + w.wild);
     p->q = view_of(&a->q);
+    p->k = view_of(&a->k);
+    p->v = view_of(&a->v);
     p->out = view_of(&a->out);
     p->dout = view_of(&a->dout);
     p->lse = view_of(&a->lse);
@@ -262,7 +292,7 @@ static bool has_tiles(const fa_args *a, const fa_sm90_instance *f)
 static int32_t options_of(const fa_args *a, const fa_sm90_instance *f)
 {
     bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
-    return (a->q_seqlens.data || a->kv_seqlens.data ? FA_MOD_LENGTHS : 0) | (bits ? FA_MOD_BITS : 0) |
+    return (has_lengths(a) ? FA_MOD_LENGTHS : 0) | (is_packed(a) ? FA_MOD_PACKED : 0) | (bits ? FA_MOD_BITS : 0) |
            (bias ? FA_MOD_BIAS : 0) | (has_tiles(a, f) ? FA_MOD_TILES : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) | (a->alibi.data ? FA_MOD_ALIBI : 0) |
            (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
 }
@@ -298,6 +328,9 @@ static void fill_dmask(fa_bwd_mod *m, const fa_tensor *d)
 static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
     m->options = options_of(a, f);
+    m->batches = (int32_t)batches_of(a);
+    m->cu_q = lengths_of(&a->cu_q);
+    m->cu_k = lengths_of(&a->cu_k);
     m->q_len = lengths_of(&a->q_seqlens);
     m->k_len = lengths_of(&a->kv_seqlens);
     m->bottom_right = a->bottom_right;
@@ -369,6 +402,17 @@ static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, con
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
+/* Of packed sequences the numbers of rows lie in blocks; the sinks' kernel wants them as the rows lie. */
+static fa_status launch_dsinks(const fa_args *a, const fa_bwd_row_numbers *rows, void *workspace, cudaStream_t stream,
+                               fa_error *err)
+{
+    if (!is_packed(a))
+        return fa_dsinks_launch(a, rows, stream, err);
+    const fa_bwd_row_numbers packed = fa_bwd_rows_in(a, workspace);
+    fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
+    return status == FA_OK ? fa_dsinks_launch(a, &packed, stream, err) : status;
+}
+
 static fa_status fill(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_instance *f, char *workspace,
                       int processors, fa_error *err)
 {
@@ -398,6 +442,6 @@ extern "C" fa_status fa_bwd_sm90_launch(const fa_args *a, void *workspace, cudaS
     if (status == FA_OK && a->dmask.data)
         status = launch_dmask(a, &p, &rows, stream, err);
     if (status == FA_OK && a->dsinks.data)
-        status = fa_dsinks_launch(a, &rows, stream, err);
+        status = launch_dsinks(a, &rows, (char *)workspace + parts_of(a, f).rows, stream, err);
     return status;
 }

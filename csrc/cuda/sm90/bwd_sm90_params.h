@@ -23,6 +23,10 @@ typedef struct fa_bwd_sm90_view {
  * same time, and are chosen only where the device holds so many. */
 enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN };
 
+/* PACKED: a head of all sequences is cut into blocks as follows. Those of sequence n are numbered from first[n] / size + n
+ * on, which are at least as many numbers as it needs, found without a table; q_blocks and k_blocks count them all, and
+ * those left over are empty. */
+
 /* Query i of 0 .. SQ - 1 sees the keys i + lo_shift <= j < i + hi_shift of 0 .. SK - 1. */
 typedef struct fa_bwd_band {
     int32_t SQ, SK, lo_shift, hi_shift;
@@ -41,6 +45,7 @@ enum {
     FA_MOD_BITS = 2, /* a bool mask */
     FA_MOD_BIAS = 4, /* a float mask, read in place */
     FA_MOD_TILES = 64, /* with BIAS: its tiles are copied to shared memory */
+    FA_MOD_PACKED = 128, /* with LENGTHS: sequences one behind the other in a batch of 1 */
     FA_MOD_CAP = 8,
     FA_MOD_ALIBI = 16,
     FA_MOD_DROPOUT = 32,
@@ -55,7 +60,10 @@ typedef struct fa_bwd_mod {
     /* LENGTHS: shifts above are for an offset of 0; maps: the four of each batch, with its lengths as sizes */
     fa_bwd_lengths q_len, k_len;
     bool bottom_right, left, right;
-    CUtensorMap *maps; /* (B, FA_MAPS) */
+    CUtensorMap *maps; /* (batches, FA_MAPS); with PACKED each starts at the rows of its sequence */
+    int32_t batches;   /* B, or sequences; the last of these has the rows that belong to none, and is empty */
+    fa_bwd_lengths cu_q, cu_k;  /* PACKED: offsets as given */
+    int32_t *first_q, *first_k; /* (batches + 1): in order and within the rows; the last is the number of rows */
     /* BITS: bit q % 64 of word (b, h, q / 64, k); strides in words */
     uint64_t *bits;
     int64_t bits_batch, bits_head, bits_block;
@@ -90,7 +98,7 @@ typedef struct fa_bwd_sm90_params {
     uint32_t *turn;             /* (B, HQ, q_blocks): key blocks that have added to this block of dQ */
     uint32_t *wild;             /* (B, HQ, q_blocks): does Q or dO of this block hold NaN or infinity? NULL where no
         pair is hidden (bwd_sm90_wild.cuh) */
-    fa_bwd_sm90_view q;
+    fa_bwd_sm90_view q, k, v;
     int32_t B, HQ, HK, group, SQ, SK, D, DV;
     int32_t q_blocks, k_blocks, BM, BN;
     int32_t order, ring, heads_together; /* key blocks in a ring; heads whose thread blocks start in turn */

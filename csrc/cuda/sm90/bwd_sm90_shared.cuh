@@ -95,7 +95,9 @@ template <class C> struct fa_bwd_sm90_shared {
 
 /* What a thread block works on. */
 struct fa_bwd_unit {
-    int b, hk; /* batch, key head */
+    int b, hk;           /* batch or sequence, key head */
+    int q_block;         /* number of the sequence's first block of queries */
+    int k_first, k_rows; /* rows of dK and dV */
     fa_bwd_band band;
     fa_walk walk;
     int steps; /* query blocks, all heads of the group */
@@ -111,10 +113,22 @@ template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const f
     at -= members * ring0;
     int head = first + at / size;
     fa_bwd_unit u;
+    int n = ring0 + at % size;
     u.b = head / p.HK;
     u.hk = head - u.b * p.HK;
+    u.q_block = u.b * p.HQ * p.q_blocks;
+    u.k_first = 0;
+    u.k_rows = p.SK;
+    if (C::MOD && (p.mod.options & FA_MOD_PACKED)) {
+        fa_bwd_slot s = fa_slot_of(p.mod, p.mod.first_k, p.SK, C::BN, n);
+        n = s.block;
+        u.b = s.b;
+        u.q_block = fa_first_slot(p.mod.first_q, s.b, C::BM);
+        u.k_first = s.first;
+        u.k_rows = s.rows;
+    }
     u.band = C::MOD ? fa_band_of(p, u.b) : fa_whole_band(p);
-    u.walk = fa_walk_of(u.band, ring0 + at % size, ring0, size, C::BM, C::BN);
+    u.walk = fa_walk_of(u.band, n, ring0, size, C::BM, C::BN);
     u.steps = p.group * fa_walk_steps(u.walk);
     return u;
 }
@@ -145,7 +159,7 @@ __device__ __forceinline__ void fa_next_step(const fa_bwd_sm90_params &p, const 
 __device__ __forceinline__ int64_t fa_query_block(const fa_bwd_sm90_params &p, const fa_bwd_unit &u,
                                                   const fa_bwd_step &s)
 {
-    return ((int64_t)u.b * p.HQ + s.head) * p.q_blocks + s.m;
+    return u.q_block + (int64_t)s.head * p.q_blocks + s.m;
 }
 
 /* Step t uses stage t % 2 of what has two stages, for the (t / 2)-th time. */

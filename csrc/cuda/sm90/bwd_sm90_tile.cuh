@@ -187,11 +187,12 @@ __device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_params &p, c
     if (!v.data)
         return;
     fa_rows_out f = {{factor, factor}, {0.f, 0.f}, {false, false}};
-    typename C::T *to = (typename C::T *)v.data + u.b * v.batch + u.hk * v.head;
+    int batch = C::MOD && (p.mod.options & FA_MOD_PACKED) ? 0 : u.b;
+    typename C::T *to = (typename C::T *)v.data + batch * v.batch + u.hk * v.head + u.k_first * v.row;
     constexpr int N = fa_gradient<COLUMNS>::N;
 #pragma unroll
     for (int part = 0; part < COLUMNS / N; part++)
-        fa_store_rows<typename C::T, N>(to + part * N, v.row, d.part[part], f, key0, p.SK, columns - part * N);
+        fa_store_rows<typename C::T, N>(to + part * N, v.row, d.part[part], f, key0, u.k_rows, columns - part * N);
 }
 
 /* ---- steps of both kinds of consumers: start a product, finish what follows it ----------------------------------- */

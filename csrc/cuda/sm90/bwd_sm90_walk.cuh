@@ -25,18 +25,61 @@ __device__ __forceinline__ int fa_offset_of(const fa_bwd_sm90_params &p, const f
     return p.mod.bottom_right ? band.SK - band.SQ : 0;
 }
 
+/* Rows of batch b: of the tensor, or with PACKED of its sequence. */
+__device__ __forceinline__ int fa_rows_in(const int32_t *first, int b)
+{
+    return first[b + 1] - first[b];
+}
+
 /* Sides that are unbounded stay so. */
 __device__ __forceinline__ fa_bwd_band fa_band_of(const fa_bwd_sm90_params &p, int b)
 {
     fa_bwd_band band = fa_whole_band(p);
     if (!(p.mod.options & FA_MOD_LENGTHS))
         return band;
-    band.SQ = fa_length_of(p.mod.q_len, b, p.SQ);
-    band.SK = fa_length_of(p.mod.k_len, b, p.SK);
+    if (p.mod.options & FA_MOD_PACKED) {
+        bool none = b == p.mod.batches - 1;
+        band.SQ = none ? 0 : fa_rows_in(p.mod.first_q, b);
+        band.SK = none ? 0 : fa_rows_in(p.mod.first_k, b);
+        b = none ? 0 : b;
+    }
+    band.SQ = fa_length_of(p.mod.q_len, b, band.SQ);
+    band.SK = fa_length_of(p.mod.k_len, b, band.SK);
     int offset = fa_offset_of(p, band);
     band.lo_shift += p.mod.left ? offset : 0;
     band.hi_shift += p.mod.right ? offset : 0;
     return band;
+}
+
+/* Which sequence has number `slot`, and which of its blocks that is; not PACKED: the tensor's own. */
+struct fa_bwd_slot {
+    int b, block; /* b is 0 where not PACKED */
+    int first, rows; /* of the sequence */
+};
+
+__device__ __forceinline__ int fa_first_slot(const int32_t *first, int b, int size)
+{
+    return first[b] / size + b;
+}
+
+__device__ __forceinline__ fa_bwd_slot fa_slot_of(const fa_bwd_mod &mod, const int32_t *first, int rows, int size,
+                                                  int slot)
+{
+    fa_bwd_slot s = {0, slot, 0, rows};
+    if (!(mod.options & FA_MOD_PACKED))
+        return s;
+    int hi = mod.batches - 1; /* the last whose first number is at most slot */
+    while (s.b < hi) {
+        int mid = (s.b + hi + 1) / 2;
+        if (fa_first_slot(first, mid, size) <= slot)
+            s.b = mid;
+        else
+            hi = mid - 1;
+    }
+    s.block = slot - fa_first_slot(first, s.b, size);
+    s.first = first[s.b];
+    s.rows = fa_rows_in(first, s.b);
+    return s;
 }
 
 /* Key block n, of the ring ring0 .. ring0 + size - 1. Query blocks lo .. hi - 1 see some key of it; none when

@@ -8,9 +8,10 @@
 template <typename T, int D>
 __global__ void __launch_bounds__(FA_WARPGROUP) fa_bwd_post_kernel(const fa_bwd_sm90_params p)
 {
-    int tiles = p.q_blocks * (p.BM / 64), head = blockIdx.x / tiles, row = (blockIdx.x - head * tiles) * 64;
-    int b = head / p.HQ, h = head - b * p.HQ;
-    fa_key_blocks keys = fa_key_blocks_of(fa_band_of(p, b), row / p.BM, p.BM, p.BN);
+    int tiles = p.q_blocks * (p.BM / 64), head = blockIdx.x / tiles, tile = blockIdx.x - head * tiles;
+    int b = head / p.HQ, h = head - b * p.HQ, part = tile % (p.BM / 64);
+    fa_bwd_slot slot = fa_slot_of(p.mod, p.mod.first_q, p.SQ, p.BM, tile / (p.BM / 64));
+    fa_key_blocks keys = fa_key_blocks_of(fa_band_of(p, b + slot.b), slot.block, p.BM, p.BN);
     const float4 *sum = (const float4 *)(p.dq_sum + (int64_t)blockIdx.x * 64 * D) + threadIdx.x;
     float dq[D / 2];
 #pragma unroll
@@ -22,8 +23,8 @@ __global__ void __launch_bounds__(FA_WARPGROUP) fa_bwd_post_kernel(const fa_bwd_
         dq[4 * i + 3] = x.w;
     }
     fa_rows_out f = {{p.scale, p.scale}, {0.f, 0.f}, {false, false}};
-    T *to = (T *)p.dq.data + b * p.dq.batch + h * p.dq.head;
-    fa_store_rows<T, D>(to, p.dq.row, dq, f, row, p.SQ, p.D);
+    T *to = (T *)p.dq.data + b * p.dq.batch + h * p.dq.head + slot.first * p.dq.row;
+    fa_store_rows<T, D>(to, p.dq.row, dq, f, slot.block * p.BM + part * 64, slot.rows, p.D);
 }
 
 template <typename T> static const void *fa_bwd_post_for(int D)

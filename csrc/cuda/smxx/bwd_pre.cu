@@ -3,7 +3,8 @@
  *   row_lse   = lse * log2 e, +inf for a row that sees nothing (all its weights become 0) and past the length
  *   row_delta = rowsum(dO o O) - dlse, 0 past the length
  *
- * and where the call has them: tensor maps that end at the lengths of each batch, and a bool mask as bits.
+ * and where the call has them: offsets of sequences put in order, tensor maps that end at the lengths of each batch, and
+ * a bool mask as bits.
  */
 #include "../ptx/math.cuh"
 #include "../ptx/tma.cuh"
@@ -78,12 +79,12 @@ __device__ __forceinline__ bool fa_pre_row(const fa_bwd_sm90_params &p, int64_t 
 template <typename T> __global__ void __launch_bounds__(1024) fa_bwd_pre_kernel(const fa_bwd_sm90_params p)
 {
     int block = blockIdx.x, head = block / p.q_blocks, row = threadIdx.x / FA_PRE_LANES, b = head / p.HQ;
-    int i = (block - head * p.q_blocks) * p.BM + row, lane = threadIdx.x % FA_PRE_LANES;
-    int len = p.mod.options & FA_MOD_LENGTHS ? fa_length_of(p.mod.q_len, b, p.SQ) : p.SQ;
+    fa_bwd_slot slot = fa_slot_of(p.mod, p.mod.first_q, p.SQ, p.BM, block - head * p.q_blocks);
+    int i = slot.block * p.BM + row, lane = threadIdx.x % FA_PRE_LANES;
     int64_t at = (int64_t)block * p.BM + row;
     bool wild = false;
-    if (i < len) {
-        wild = fa_pre_row<T>(p, at, b, head - b * p.HQ, i, lane);
+    if (i < fa_band_of(p, b + slot.b).SQ) {
+        wild = fa_pre_row<T>(p, at, b, head - b * p.HQ, slot.first + i, lane);
     } else if (lane == 0) {
         p.row_lse[at] = CUDART_INF_F;
         p.row_delta[at] = 0.f;
@@ -96,20 +97,62 @@ template <typename T> __global__ void __launch_bounds__(1024) fa_bwd_pre_kernel(
     }
 }
 
+/* ---- sequences --------------------------------------------------------------------------------------------------- */
+
+/* Offsets that nobody checked, put in order: each is the largest up to it, within the rows. */
+__device__ __forceinline__ void fa_order_offsets(const fa_bwd_lengths &cu, int batches, int rows, int32_t *first)
+{
+    __shared__ int last[FA_PRE_THREADS / FA_WARP];
+    int lane = threadIdx.x % FA_WARP, warp = threadIdx.x / FA_WARP, before = 0;
+    for (int start = 0; start <= batches; start += FA_PRE_THREADS) {
+        int n = start + threadIdx.x, x = n < batches ? fa_length_of(cu, n, rows) : rows;
+#pragma unroll
+        for (int distance = 1; distance < FA_WARP; distance *= 2) {
+            int y = __shfl_up_sync(0xffffffff, x, distance);
+            x = lane >= distance ? max(x, y) : x;
+        }
+        if (lane == FA_WARP - 1)
+            last[warp] = x;
+        __syncthreads();
+        for (int w = 0; w < warp; w++)
+            x = max(x, last[w]);
+        x = max(x, before);
+        if (n <= batches)
+            first[n] = x;
+        for (int w = 0; w < FA_PRE_THREADS / FA_WARP; w++)
+            before = max(before, last[w]);
+        __syncthreads();
+    }
+}
+
+/* Two thread blocks: queries, keys. */
+__global__ void __launch_bounds__(FA_PRE_THREADS) fa_bwd_offsets_kernel(const __grid_constant__ fa_bwd_sm90_params p)
+{
+    if (blockIdx.x == 0)
+        fa_order_offsets(p.mod.cu_q, p.mod.batches, p.SQ, p.mod.first_q);
+    else
+        fa_order_offsets(p.mod.cu_k, p.mod.batches, p.SK, p.mod.first_k);
+}
+
 /* ---- tensor maps ------------------------------------------------------------------------------------------------- */
 
 /* Thread: one of the maps of a batch. What lies past a length then is never read and arrives as zeros. */
 __global__ void __launch_bounds__(FA_PRE_THREADS) fa_bwd_maps_kernel(const __grid_constant__ fa_bwd_sm90_params p)
 {
     int i = blockIdx.x * FA_PRE_THREADS + threadIdx.x, b = i / FA_MAPS, which = i % FA_MAPS;
-    if (b >= p.B)
+    if (b >= p.mod.batches)
         return;
     fa_bwd_band band = fa_band_of(p, b);
     const CUtensorMap *whole[] = {&p.q_map, &p.dout_map, &p.k_map, &p.v_map};
+    const fa_bwd_sm90_view *view[] = {&p.q, &p.dout, &p.k, &p.v};
     for (int word = 0; word < (int)(sizeof(CUtensorMap) / sizeof(uint4)); word++)
         ((uint4 *)(p.mod.maps + i))[word] = ((const uint4 *)whole[which])[word];
-    int rows = which == FA_MAP_Q || which == FA_MAP_DOUT ? band.SQ : band.SK;
-    fa_tensor_map_resize<1>(p.mod.maps + i, max(rows, 1));
+    bool of_q = which == FA_MAP_Q || which == FA_MAP_DOUT;
+    fa_tensor_map_resize<1>(p.mod.maps + i, max(of_q ? band.SQ : band.SK, 1));
+    if (p.mod.options & FA_MOD_PACKED) {
+        int first = (of_q ? p.mod.first_q : p.mod.first_k)[b];
+        fa_tensor_map_move(p.mod.maps + i, (const char *)view[which]->data + first * view[which]->row * 2);
+    }
     fa_tensor_map_release();
 }
 
@@ -163,9 +206,13 @@ extern "C" cudaError_t fa_bwd_pre_launch(const fa_bwd_sm90_params *p, fa_dtype d
         return cudaSuccess;
     const void *kernel = dtype == FA_BF16 ? (const void *)fa_bwd_pre_kernel<fa_bf16_t>
                                           : (const void *)fa_bwd_pre_kernel<fa_f16_t>;
-    cudaError_t e = launch(kernel, blocks, p->BM * FA_PRE_LANES, p, stream);
+    cudaError_t e = cudaSuccess;
+    if (p->mod.options & FA_MOD_PACKED)
+        e = launch((const void *)fa_bwd_offsets_kernel, 2, FA_PRE_THREADS, p, stream);
+    if (e == cudaSuccess)
+        e = launch(kernel, blocks, p->BM * FA_PRE_LANES, p, stream);
     if (e == cudaSuccess && (p->mod.options & FA_MOD_LENGTHS))
-        e = launch_each((const void *)fa_bwd_maps_kernel, (int64_t)p->B * FA_MAPS, p, stream);
+        e = launch_each((const void *)fa_bwd_maps_kernel, (int64_t)p->mod.batches * FA_MAPS, p, stream);
     if (e == cudaSuccess && (p->mod.options & FA_MOD_BITS))
         e = launch_each((const void *)fa_bwd_bits_kernel, words_of(p), p, stream);
     return e;
