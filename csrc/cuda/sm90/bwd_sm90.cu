@@ -275,8 +275,8 @@ static fa_bwd_lengths lengths_of(const fa_tensor *t)
     return l;
 }
 
-/* Can tiles of the float mask be copied to shared memory? There they share their place with the weights that softcap and
- * dropout need (bwd_sm90_pair.cuh). */
+/* Can tiles of the float mask be copied to shared memory? There they share their place with the weights that softcap
+ * and dropout need (bwd_sm90_pair.cuh). */
 static bool has_tiles(const fa_args *a, const fa_sm90_instance *f)
 {
     const fa_tensor *m = &a->mask;
@@ -293,8 +293,8 @@ static int32_t options_of(const fa_args *a, const fa_sm90_instance *f)
 {
     bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
     return (has_lengths(a) ? FA_MOD_LENGTHS : 0) | (is_packed(a) ? FA_MOD_PACKED : 0) | (bits ? FA_MOD_BITS : 0) |
-           (bias ? FA_MOD_BIAS : 0) | (has_tiles(a, f) ? FA_MOD_TILES : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) | (a->alibi.data ? FA_MOD_ALIBI : 0) |
-           (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
+           (bias ? FA_MOD_BIAS : 0) | (has_tiles(a, f) ? FA_MOD_TILES : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) |
+           (a->alibi.data ? FA_MOD_ALIBI : 0) | (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
 }
 
 static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)

@@ -22,8 +22,8 @@
 
 /* Plain instances know no lengths. */
 template <class C>
-__device__ __forceinline__ const CUtensorMap *fa_loaded_map(const fa_bwd_sm90_params &p, const CUtensorMap *whole, int b,
-                                                            int which)
+__device__ __forceinline__ const CUtensorMap *fa_loaded_map(const fa_bwd_sm90_params &p, const CUtensorMap *whole,
+                                                            int b, int which)
 {
     return C::MOD ? fa_map_of(p, whole, b, which) : whole;
 }
@@ -32,7 +32,8 @@ template <class C>
 __device__ __forceinline__ void fa_load_keys(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s,
                                              const fa_bwd_unit &u)
 {
-    const CUtensorMap *k = fa_loaded_map<C>(p, &p.k_map, u.b, FA_MAP_K), *v = fa_loaded_map<C>(p, &p.v_map, u.b, FA_MAP_V);
+    const CUtensorMap *k = fa_loaded_map<C>(p, &p.k_map, u.b, FA_MAP_K);
+    const CUtensorMap *v = fa_loaded_map<C>(p, &p.v_map, u.b, FA_MAP_V);
     int row = u.walk.n * C::BN;
     fa_mbar_expect(&s.bar[FA_BAR_K_FULL], sizeof(s.k));
     fa_load_tile<C::BN, C::D>(s.k, k, &s.bar[FA_BAR_K_FULL], row, u.hk * p.k_steps[0], u.b * p.k_steps[1]);

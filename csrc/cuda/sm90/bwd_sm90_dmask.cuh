@@ -1,8 +1,8 @@
 /* The gradient of a float mask on Hopper: the sum of dS over all heads and batches that share an element.
  *
  * A thread block has 128 x BN elements. It computes S and dP of one head after the other anew and keeps the sum in
- * registers: nothing of the size of the scores is stored but the result, and the order of the sum is fixed. Two products
- * for five of the main kernel. */
+ * registers: nothing of the size of the scores is stored but the result, and the order of the sum is fixed. Two
+ * products for five of the main kernel. */
 #ifndef FA_BWD_SM90_DMASK_CUH
 #define FA_BWD_SM90_DMASK_CUH
 
@@ -89,8 +89,8 @@ __device__ __forceinline__ fa_dmask_step fa_first_dmask_step(const fa_bwd_sm90_p
 
 /* 128 rows in panels of 64 columns, by boxes of BOX rows. */
 template <class M, int COLUMNS>
-__device__ __forceinline__ void fa_load_rows(typename M::T *to, const CUtensorMap *map, uint64_t *bar, int row, int head,
-                                             int batch)
+__device__ __forceinline__ void fa_load_rows(typename M::T *to, const CUtensorMap *map, uint64_t *bar, int row,
+                                             int head, int batch)
 {
 #pragma unroll
     for (int panel = 0; panel < COLUMNS / 64; panel++) {
@@ -144,9 +144,13 @@ __device__ __forceinline__ void fa_keep_bias_as(const fa_bwd_sm90_params &p, con
         x[i] = mask[query * p.mod.mask_query + key * p.mod.mask_key];
     }
 #pragma unroll
-    for (int c = 0; c < M::BN / 8; c++)
-        to[c * (2 * FA_WARPGROUP)] = make_float4(fa_bias_of(fa_widen(x[4 * c])), fa_bias_of(fa_widen(x[4 * c + 1])),
-                                                 fa_bias_of(fa_widen(x[4 * c + 2])), fa_bias_of(fa_widen(x[4 * c + 3])));
+    for (int c = 0; c < M::BN / 8; c++) {
+        float y[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            y[i] = fa_bias_of(fa_widen(x[4 * c + i]));
+        to[c * (2 * FA_WARPGROUP)] = make_float4(y[0], y[1], y[2], y[3]);
+    }
 }
 
 template <class M>
@@ -296,8 +300,8 @@ __device__ __forceinline__ void fa_dmask_add(const fa_dmask_rows &rows, const fl
  */
 template <class M>
 __device__ __forceinline__ void fa_dmask_head(const fa_bwd_sm90_params &p, fa_dmask_shared<M> &sh,
-                                              const fa_dmask_tile &tile, const fa_dmask_step &step, fa_place at, int row,
-                                              float (&sum)[M::BN / 2])
+                                              const fa_dmask_tile &tile, const fa_dmask_step &step, fa_place at,
+                                              int row, float (&sum)[M::BN / 2])
 {
     float s[M::BN / 2], dp[M::BN / 2];
     const fa_bwd_band &band = step.band;

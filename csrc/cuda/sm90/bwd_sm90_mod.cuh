@@ -1,5 +1,5 @@
-/* Weights of the Hopper backward kernel with masks, softcap, ALiBi and dropout: one pass over a tile for each option that
- * the call has.
+/* Weights of the Hopper backward kernel with masks, softcap, ALiBi and dropout: one pass over a tile for each option
+ * that the call has.
  *
  * With dropout and softcap dS needs other weights than dV:
  *   dV += (P kept)^T dO     dS = P' o (keep kept dP - delta),  P' = P d softcap(s) / ds

@@ -23,9 +23,9 @@ typedef struct fa_bwd_sm90_view {
  * same time, and are chosen only where the device holds so many. */
 enum { FA_BWD_ROTATE, FA_BWD_UP, FA_BWD_DOWN };
 
-/* PACKED: a head of all sequences is cut into blocks as follows. Those of sequence n are numbered from first[n] / size + n
- * on, which are at least as many numbers as it needs, found without a table; q_blocks and k_blocks count them all, and
- * those left over are empty. */
+/* PACKED: a head of all sequences is cut into blocks as follows. Those of sequence n are numbered from
+ * first[n] / size + n on, which are at least as many numbers as it needs, found without a table; q_blocks and k_blocks
+ * count them all, and those left over are empty. */
 
 /* Query i of 0 .. SQ - 1 sees the keys i + lo_shift <= j < i + hi_shift of 0 .. SK - 1. */
 typedef struct fa_bwd_band {

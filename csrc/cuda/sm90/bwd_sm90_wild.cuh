@@ -1,16 +1,16 @@
 /* NaN and infinity in rows that some other row does not see.
  *
- * A hidden pair has weight 0, but in the products of its tile 0 times a wild value is NaN. So wild values are taken out of
- * the operands of the three products that sum over pairs:
+ * A hidden pair has weight 0, but in the products of its tile 0 times a wild value is NaN. So wild values are taken out
+ * of the operands of the three products that sum over pairs:
  *
  *   dV += P^T dO, dK += dS^T Q   where the pass before found a wild value in Q or dO of the block; searched again only
  *                                then, and only where the tile has a hidden pair
  *   dQ += dS K                   K is searched once, by the warpgroup of dQ, which has nothing else to do then
  *   dS = P o (dP - delta)        0 where P is 0, in tiles with hidden pairs
  *
- * The pairs that do see a wild value are NaN all the same, through P: a wild Q or K makes the log-sum-exp of its rows NaN,
- * a wild V their delta, and for a wild row of dO the pass before sets the log-sum-exp to NaN. One warpgroup may clean
- * what another still reads: for these pairs either value gives NaN, for the hidden ones 0. */
+ * The pairs that do see a wild value are NaN all the same, through P: a wild Q or K makes the log-sum-exp of its rows
+ * NaN, a wild V their delta, and for a wild row of dO the pass before sets the log-sum-exp to NaN. One warpgroup may
+ * clean what another still reads: for these pairs either value gives NaN, for the hidden ones 0. */
 #ifndef FA_BWD_SM90_WILD_CUH
 #define FA_BWD_SM90_WILD_CUH
 

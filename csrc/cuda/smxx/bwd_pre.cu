@@ -3,8 +3,8 @@
  *   row_lse   = lse * log2 e, +inf for a row that sees nothing (all its weights become 0) and past the length
  *   row_delta = rowsum(dO o O) - dlse, 0 past the length
  *
- * and where the call has them: offsets of sequences put in order, tensor maps that end at the lengths of each batch, and
- * a bool mask as bits.
+ * and where the call has them: offsets of sequences put in order, tensor maps that end at the lengths of each batch,
+ * and a bool mask as bits.
  */
 #include "../ptx/math.cuh"
 #include "../ptx/tma.cuh"
@@ -52,8 +52,8 @@ __device__ __forceinline__ float fa_lse_in_log2(float lse)
     return lse < CUDART_INF_F ? fmaxf(lse * 1.44269504088896f, -FLT_MAX) : CUDART_NAN_F;
 }
 
-/* Row i of head h, by its lanes. Returns whether Q or dO may hold NaN or infinity: a Q that takes part in a score says so
- * in the log-sum-exp. A wild dO makes it NaN where there are hidden pairs (bwd_sm90_wild.cuh). */
+/* Row i of head h, by its lanes. Returns whether Q or dO may hold NaN or infinity: a Q that takes part in a score says
+ * so in the log-sum-exp. A wild dO makes it NaN where there are hidden pairs (bwd_sm90_wild.cuh). */
 template <typename T>
 __device__ __forceinline__ bool fa_pre_row(const fa_bwd_sm90_params &p, int64_t at, int b, int h, int i, int lane)
 {
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(FA_PRE_THREADS) fa_bwd_bits_kernel(const __gri
     const fa_bwd_mod &m = p.mod;
     int64_t keys = m.bits_key ? (int64_t)p.k_blocks * p.BN : 2, blocks = m.mask_query ? p.q_blocks * (p.BM / 64) : 1;
     int64_t heads = m.bits_head ? p.HQ : 1, at = (int64_t)blockIdx.x * FA_PRE_THREADS + threadIdx.x;
-    int64_t key = at % keys, block = at / keys % blocks, head = at / keys / blocks % heads, b = at / keys / blocks / heads;
+    int64_t key = at % keys, block = at / keys % blocks, head = at / keys / blocks % heads;
+    int64_t b = at / keys / blocks / heads;
     if (b >= (m.bits_batch ? p.B : 1))
         return;
     const uint8_t *mask = (const uint8_t *)m.mask + b * m.mask_batch + head * m.mask_head + key * m.mask_key;
