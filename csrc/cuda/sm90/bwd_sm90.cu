@@ -86,7 +86,8 @@ static bool countable(const fa_args *a)
 {
     int64_t rows = a->q.size[2] > a->k.size[2] ? a->q.size[2] : a->k.size[2], heads = a->q.size[0] * a->q.size[1];
     int64_t sequences = a->cu_q.data ? a->cu_q.size[0] : 0;
-    return heads <= INT32_MAX && heads * (rows / 64 + 2 + sequences) <= INT32_MAX;
+    int64_t tiles = a->dmask.data ? (a->q.size[2] / 128 + 1) * (a->k.size[2] / 64 + 1) : 0;
+    return heads <= INT32_MAX && heads * (rows / 64 + 2 + sequences) <= INT32_MAX && heads * tiles < INT32_MAX / 2;
 }
 
 extern "C" bool fa_bwd_sm90_can(const fa_args *a)
@@ -397,8 +398,8 @@ static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, con
     fa_status status = fa_sm90_prepare(f, &processors, err);
     if (status != FA_OK)
         return status;
-    int64_t tiles = blocks_of(p->SQ, f->BM) * blocks_of(p->SK, f->BN);
-    cudaError_t e = launch(p, f, a->mask.size[0] * a->mask.size[1] * tiles, stream);
+    int64_t tiles = a->mask.size[0] * a->mask.size[1] * blocks_of(p->SQ, f->BM) * blocks_of(p->SK, f->BN);
+    cudaError_t e = launch(p, f, tiles < processors ? tiles : processors, stream);
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 

@@ -1,7 +1,7 @@
 /* The gradient of a float mask on Hopper: the sum of dS over all heads and batches that share an element.
  *
- * A thread block has 128 x BN elements. It computes S and dP of one head after the other anew and keeps the sum in
- * registers: nothing of the size of the scores is stored but the result, and the order of the sum is fixed. Two
+ * For a tile of 128 x BN elements, a thread block computes S and dP of one head after the other anew and keeps the sum
+ * in registers: nothing of the size of the scores is stored but the result, and the order of the sum is fixed. Two
  * products for five of the main kernel. */
 #ifndef FA_BWD_SM90_DMASK_CUH
 #define FA_BWD_SM90_DMASK_CUH
@@ -30,22 +30,25 @@ template <class M> struct fa_dmask_shared {
 
 /* ---- work -------------------------------------------------------------------------------------------------------- */
 
-/* Element of the mask (batch, head, query, key) from which a thread block's tile starts. */
+/* Element of the mask (batch, head, query, key) from which a tile starts. */
 struct fa_dmask_tile {
     int b, h, query, key;
 };
 
-template <class M> __device__ __forceinline__ fa_dmask_tile fa_dmask_tile_of(const fa_bwd_sm90_params &p)
+/* Tile number `index`; false behind the last. A thread block takes every gridDim.x-th: its copies for the next tile
+ * start while the last is stored. */
+template <class M>
+__device__ __forceinline__ bool fa_dmask_tile_at(const fa_bwd_sm90_params &p, int index, fa_dmask_tile &t)
 {
-    int columns = (p.SK + M::BN - 1) / M::BN, rows = (p.SQ + M::BM - 1) / M::BM, head = blockIdx.x / (columns * rows);
-    int at = blockIdx.x - head * columns * rows;
-    fa_dmask_tile t = {head / p.mod.dmask_heads, head % p.mod.dmask_heads, at / columns * M::BM, at % columns * M::BN};
-    return t;
+    int columns = (p.SK + M::BN - 1) / M::BN, rows = (p.SQ + M::BM - 1) / M::BM, head = index / (columns * rows);
+    int at = index - head * columns * rows;
+    t = {head / p.mod.dmask_heads, head % p.mod.dmask_heads, at / columns * M::BM, at % columns * M::BN};
+    return t.b < p.mod.dmask_batches;
 }
 
 /* The heads that share the tile, one by one; those in which no pair of it meets are left out. */
 struct fa_dmask_step {
-    int t;       /* number of steps before */
+    int t;       /* number of steps before, also of other tiles */
     int b, h;    /* of q */
     int b_end, h_first, h_end;
     fa_bwd_band band;
@@ -74,10 +77,12 @@ __device__ __forceinline__ bool fa_find_step(const fa_bwd_sm90_params &p, const 
     return false;
 }
 
-__device__ __forceinline__ fa_dmask_step fa_first_dmask_step(const fa_bwd_sm90_params &p, const fa_dmask_tile &tile)
+__device__ __forceinline__ fa_dmask_step fa_first_dmask_step(const fa_bwd_sm90_params &p, const fa_dmask_tile &tile,
+                                                             int t)
 {
     bool all_b = p.mod.dmask_batches == 1, all_h = p.mod.dmask_heads == 1;
     fa_dmask_step s = {};
+    s.t = t;
     s.b = tile.b;
     s.b_end = all_b ? p.B : tile.b + 1;
     s.h = s.h_first = tile.h;
@@ -101,11 +106,12 @@ __device__ __forceinline__ void fa_load_rows(typename M::T *to, const CUtensorMa
     }
 }
 
+/* Returns the number of steps so far; before: of other tiles. */
 template <class M>
-__device__ __forceinline__ void fa_dmask_produce(const fa_bwd_sm90_params &p, fa_dmask_shared<M> &s,
-                                                 const fa_dmask_tile &tile)
+__device__ __forceinline__ int fa_dmask_produce(const fa_bwd_sm90_params &p, fa_dmask_shared<M> &s,
+                                                const fa_dmask_tile &tile, int before)
 {
-    fa_dmask_step at = fa_first_dmask_step(p, tile);
+    fa_dmask_step at = fa_first_dmask_step(p, tile, before);
     for (; fa_find_step<M>(p, tile, at); at.t++, at.h++) {
         const CUtensorMap *q = fa_map_of(p, &p.q_map, at.b, FA_MAP_Q), *k = fa_map_of(p, &p.k_map, at.b, FA_MAP_K);
         const CUtensorMap *dout = fa_map_of(p, &p.dout_map, at.b, FA_MAP_DOUT),
@@ -121,6 +127,7 @@ __device__ __forceinline__ void fa_dmask_produce(const fa_bwd_sm90_params &p, fa
                                at.b * p.dout_steps[1]);
         fa_load_tile<M::BN, M::DV>(s.v, v, &s.bar[FA_BAR_OV_FULL], tile.key, hk * p.v_steps[0], at.b * p.v_steps[1]);
     }
+    return at.t;
 }
 
 /* ---- consumers: 64 queries each ---------------------------------------------------------------------------------- */
@@ -352,16 +359,17 @@ __device__ __forceinline__ void fa_dmask_store(const fa_bwd_sm90_params &p, cons
 }
 
 template <class M>
-__device__ __forceinline__ void fa_dmask_consume(const fa_bwd_sm90_params &p, fa_dmask_shared<M> &s,
-                                                 const fa_dmask_tile &tile, int row)
+__device__ __forceinline__ int fa_dmask_consume(const fa_bwd_sm90_params &p, fa_dmask_shared<M> &s,
+                                                const fa_dmask_tile &tile, int row, int before)
 {
     fa_place at = fa_dmask_place(tile, row);
     float sum[M::BN / 2] = {};
     fa_keep_bias<M>(p, tile, at, &s.bias[0][threadIdx.x - FA_WARPGROUP]);
-    fa_dmask_step step = fa_first_dmask_step(p, tile);
+    fa_dmask_step step = fa_first_dmask_step(p, tile, before);
     for (; fa_find_step<M>(p, tile, step); step.t++, step.h++)
         fa_dmask_head<M>(p, s, tile, step, at, row, sum);
     fa_dmask_store<M>(p, tile, at, row, sum);
+    return step.t;
 }
 
 template <class M>
@@ -370,7 +378,8 @@ __global__ void __launch_bounds__(M::THREADS, 1) fa_dmask_sm90_kernel(const __gr
     extern __shared__ __align__(1024) unsigned char raw[];
     fa_dmask_shared<M> &s = *(fa_dmask_shared<M> *)raw;
     int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / FA_WARPGROUP, 0);
-    fa_dmask_tile tile = fa_dmask_tile_of<M>(p);
+    fa_dmask_tile tile;
+    int steps = 0, index = blockIdx.x;
     if (threadIdx.x == 0) {
         fa_mbar_init(&s.bar[FA_BAR_QK_FULL], 1);
         fa_mbar_init(&s.bar[FA_BAR_OV_FULL], 1);
@@ -381,11 +390,12 @@ __global__ void __launch_bounds__(M::THREADS, 1) fa_dmask_sm90_kernel(const __gr
     __syncthreads();
     if (warpgroup == 0) {
         fa_registers_shrink<M::PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0)
-            fa_dmask_produce<M>(p, s, tile);
+        for (; threadIdx.x == 0 && fa_dmask_tile_at<M>(p, index, tile); index += gridDim.x)
+            steps = fa_dmask_produce<M>(p, s, tile, steps);
     } else {
         fa_registers_grow<M::CONSUMER_REGISTERS>();
-        fa_dmask_consume<M>(p, s, tile, 64 * (warpgroup - 1));
+        for (; fa_dmask_tile_at<M>(p, index, tile); index += gridDim.x)
+            steps = fa_dmask_consume<M>(p, s, tile, 64 * (warpgroup - 1), steps);
     }
 }
 

@@ -133,10 +133,12 @@ template <class C>
 __device__ __forceinline__ void fa_add_tile_f32(const unsigned char *tile, float (&s)[C::BM / 2], fa_place place)
 {
 #pragma unroll
-    for (int i = 0; i < C::BM / 2; i++) {
-        int key = place.key + i / 2 % 2 * 8, query = place.query + i / 4 * 8 + i % 2;
-        int chunk = key % 32 / 4 ^ query % 8;
-        s[i] += fa_bias_of(*(const float *)(tile + key / 32 * (C::BM * 128) + query * 128 + chunk * 16 + key % 4 * 4));
+    for (int i = 0; i < 4; i++) {
+        int key = place.key + i / 2 * 8, query = place.query + i % 2, chunk = key % 32 / 4 ^ query % 8;
+        const unsigned char *from = tile + key / 32 * (C::BM * 128) + query * 128 + chunk * 16 + key % 4 * 4;
+#pragma unroll
+        for (int c = 0; c < C::BM / 8; c++)
+            s[4 * c + i] += fa_bias_of(*(const float *)(from + c * (8 * 128)));
     }
 }
 
@@ -146,7 +148,7 @@ __device__ __forceinline__ void fa_take_tile(const fa_bwd_mod &mod, fa_bwd_sm90_
                                              float (&s)[C::BM / 2])
 {
     fa_mbar_wait(&sh.bar[FA_BAR_BIAS_FULL], t & 1);
-    if (mod.f32)
+    if (C::BM * C::BN * 4 <= C::BIAS_BYTES && mod.f32)
         fa_add_tile_f32<C>(sh.mod.bias, s, fa_place_of(row, 0));
     else
         fa_add_tile<C>(sh.mod.bias, s, row + threadIdx.x / FA_WARP % 4 * 16);
