@@ -157,7 +157,7 @@ py::dict ceilings(std::optional<int> asked)
 // ---- plans ----------------------------------------------------------------------------------------------------------
 
 // The planner reads sizes, strides and dtypes, never data; but a tensor without an address would be absent.
-alignas(8) char somewhere[8];
+alignas(16) char somewhere[16];
 
 fa_dtype dtype_named(const std::string &name)
 {
