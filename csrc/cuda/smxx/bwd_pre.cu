@@ -31,11 +31,13 @@ template <typename T> __device__ __forceinline__ float fa_dot_8(const T *x, cons
     return sum;
 }
 
+/* Over the lanes of a row; those of other rows may be elsewhere. */
 __device__ __forceinline__ float fa_row_sum(float x)
 {
+    uint32_t lanes = ((1u << FA_PRE_LANES) - 1) << threadIdx.x % FA_WARP / FA_PRE_LANES * FA_PRE_LANES;
 #pragma unroll
     for (int distance = FA_PRE_LANES / 2; distance > 0; distance /= 2)
-        x += __shfl_xor_sync(0xffffffff, x, distance);
+        x += __shfl_xor_sync(lanes, x, distance);
     return x;
 }
 
