@@ -25,7 +25,8 @@ __device__ __forceinline__ float fa_tanh(float x)
     return y < 0.0625f ? near : far;
 }
 
-/* s becomes cap tanh(cap_scale s) - lse; slopes: d softcap / ds, rounded. */
+/* s becomes cap tanh(cap_scale s) - lse; slopes: d softcap / ds, rounded; a number also where s is NaN, since P of a
+ * hidden pair, 0, is multiplied by it. */
 template <class C>
 __device__ __forceinline__ void fa_cap_scores(const fa_bwd_mod &mod, float (&s)[C::BM / 2], const float *row,
                                               uint32_t (&slopes)[C::BM / 4])
@@ -38,7 +39,7 @@ __device__ __forceinline__ void fa_cap_scores(const fa_bwd_mod &mod, float (&s)[
         for (int r = 0; r < 2; r++) {
             float &a = s[4 * c + 2 * r], &b = s[4 * c + 2 * r + 1];
             float x = fa_tanh(a * mod.cap_scale), y = fa_tanh(b * mod.cap_scale);
-            slopes[2 * c + r] = fa_pack<typename C::T>(fmaf(-x, x, 1.f), fmaf(-y, y, 1.f));
+            slopes[2 * c + r] = fa_pack<typename C::T>(fmaxf(fmaf(-x, x, 1.f), 0.f), fmaxf(fmaf(-y, y, 1.f), 0.f));
             a = fmaf(x, mod.cap, -l.x);
             b = fmaf(y, mod.cap, -l.y);
         }
@@ -235,22 +236,6 @@ template <class C> struct fa_kept {
     }
 };
 
-/* For step t, whose Q is there; to be called while products are in flight. */
-template <class C>
-__device__ __forceinline__ void fa_draw_ahead(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh, int t,
-                                              int key0, fa_kept<C> &kept)
-{
-    if constexpr (C::MOD) {
-        int stage = fa_stage_of(t);
-        if (!(p.mod.options & FA_MOD_DROPOUT))
-            return;
-        kept.draw(p.mod, sh.mod.head[stage], fa_place_of(key0, sh.query[stage]));
-#pragma unroll
-        for (int half = 0; half < C::BM / 64; half++)
-            fa_settle(kept.from[half]);
-    }
-}
-
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
 /* From S of step t to P; slopes as fa_cap_scores has them. */
@@ -286,10 +271,15 @@ __device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, fa_b
 
 /* w <- P, what is dropped 0; to: this thread's place for the weights of dS. */
 template <class C>
-__device__ __forceinline__ void fa_round_weights(const fa_bwd_mod &mod, const float (&s)[C::BM / 2],
-                                                 const fa_kept<C> &kept, uint32_t (&w)[C::BM / 4], uint4 *to)
+__device__ __forceinline__ void fa_round_weights(const fa_bwd_mod &mod, const fa_bwd_sm90_shared<C> &sh, int t,
+                                                 int key0, const float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4],
+                                                 uint4 *to)
 {
+    int stage = fa_stage_of(t);
     bool drops = mod.options & FA_MOD_DROPOUT;
+    fa_kept<C> kept = {};
+    if (drops)
+        kept.draw(mod, sh.mod.head[stage], fa_place_of(key0, sh.query[stage]));
 #pragma unroll
     for (int i = 0; i < C::BM / 16; i++) {
         uint32_t x[4];

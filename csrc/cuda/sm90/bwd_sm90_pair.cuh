@@ -15,8 +15,8 @@ template <class C> __device__ __forceinline__ uint4 *fa_pair_place(fa_bwd_sm90_s
 /* s holds S of step t; w <- P. */
 template <class C>
 __device__ __forceinline__ void fa_pair_weights(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                                const fa_bwd_unit &u, int t, int key0, const fa_kept<C> &kept,
-                                                float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4])
+                                                const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
+                                                uint32_t (&w)[C::BM / 4])
 {
     if constexpr (!C::MOD) {
         fa_weights<C>(p, sh, u, t, key0, s);
@@ -24,7 +24,7 @@ __device__ __forceinline__ void fa_pair_weights(const fa_bwd_sm90_params &p, fa_
     } else {
         fa_mod_weights<C>(p, sh, u, t, key0, s, w);
         if (p.mod.options & FA_MOD_TWO_WEIGHTS)
-            fa_round_weights<C>(p.mod, s, kept, w, fa_pair_place(sh));
+            fa_round_weights<C>(p.mod, sh, t, key0, s, w, fa_pair_place(sh));
         else
             fa_round<C>(w, s);
     }
@@ -95,14 +95,12 @@ __device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd
                                              const fa_bwd_unit &u, const fa_bwd_keys<C> &c, int t, int key0,
                                              float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4], fa_gradient<C::D> &dk)
 {
-    fa_kept<C> kept = {};
     fa_start_scores<C>(sh, c, s, t + 1);
     if constexpr (C::KEYS_FROM_SHARED) {
         fa_hand_over_ds<C>(sh, t, w, c.row);
         fa_start_keys_shared<C>(sh, c, t, dk);
-        fa_draw_ahead<C>(p, sh, t + 1, key0, kept);
         fa_wgmma_wait<1>();
-        fa_pair_weights<C>(p, sh, u, t + 1, key0, kept, s, w);
+        fa_pair_weights<C>(p, sh, u, t + 1, key0, s, w);
         fa_settle(w);
         fa_wgmma_wait<0>();
         dk.hold();
@@ -110,11 +108,10 @@ __device__ __forceinline__ void fa_pair_next(const fa_bwd_sm90_params &p, fa_bwd
     } else {
         fa_start_keys<C>(c, t, w, dk);
         fa_hand_over_ds<C>(sh, t, w, c.row);
-        fa_draw_ahead<C>(p, sh, t + 1, key0, kept);
         fa_wgmma_wait<0>();
         dk.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_pair_weights<C>(p, sh, u, t + 1, key0, kept, s, w);
+        fa_pair_weights<C>(p, sh, u, t + 1, key0, s, w);
     }
 }
 
@@ -136,11 +133,9 @@ __device__ __forceinline__ void fa_pair_steps(const fa_bwd_sm90_params &p, fa_bw
     uint32_t w[C::BM / 4];
     float s[C::BM / 2];
     int t = 0;
-    fa_kept<C> kept = {};
     fa_start_scores<C>(sh, c, s, 0);
-    fa_draw_ahead<C>(p, sh, 0, key0, kept);
     fa_wgmma_wait<0>();
-    fa_pair_weights<C>(p, sh, u, 0, key0, kept, s, w);
+    fa_pair_weights<C>(p, sh, u, 0, key0, s, w);
     for (; t < u.steps - 1; t++) {
         fa_pair_gradient<C>(p, sh, u, c, t, key0, s, w, dv);
         fa_pair_next<C>(p, sh, u, c, t, key0, s, w, dk);

@@ -28,15 +28,15 @@ __device__ __forceinline__ void fa_take_weights(fa_bwd_sm90_shared<C> &sh, int t
 /* s holds S of step t; w <- P, and the other warpgroup gets its weights. */
 template <class C>
 __device__ __forceinline__ void fa_split_weights(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &sh,
-                                                 const fa_bwd_unit &u, int t, int key0, const fa_kept<C> &kept,
-                                                 float (&s)[C::BM / 2], uint32_t (&w)[C::BM / 4])
+                                                 const fa_bwd_unit &u, int t, int key0, float (&s)[C::BM / 2],
+                                                 uint32_t (&w)[C::BM / 4])
 {
     if constexpr (C::MOD) {
         fa_mod_weights<C>(p, sh, u, t, key0, s, w);
         if (p.mod.options & FA_MOD_TWO_WEIGHTS) {
             int stage = fa_stage_of(t);
             fa_mbar_wait(&sh.bar[FA_BAR_P_EMPTY + stage], fa_parity_of(t) ^ 1);
-            fa_round_weights<C>(p.mod, s, kept, w, &sh.p[stage][0][threadIdx.x % FA_WARPGROUP]);
+            fa_round_weights<C>(p.mod, sh, t, key0, s, w, &sh.p[stage][0][threadIdx.x % FA_WARPGROUP]);
             fa_warp_arrive(&sh.bar[FA_BAR_P_FULL + stage]);
             return;
         }
@@ -76,19 +76,16 @@ __device__ __forceinline__ void fa_values_steps(const fa_bwd_sm90_params &p, fa_
     uint32_t w[C::BM / 4];
     float s[C::BM / 2];
     int t = 0;
-    fa_kept<C> kept = {};
     fa_start_scores<C>(sh, c, s, 0);
-    fa_draw_ahead<C>(p, sh, 0, key0, kept);
     fa_wgmma_wait<0>();
-    fa_split_weights<C>(p, sh, u, 0, key0, kept, s, w);
+    fa_split_weights<C>(p, sh, u, 0, key0, s, w);
     for (; t < u.steps - 1; t++) {
         fa_start_scores<C>(sh, c, s, t + 1);
         fa_split_values<C>(p, sh, u, c, t, key0, w, dv);
-        fa_draw_ahead<C>(p, sh, t + 1, key0, kept);
         fa_wgmma_wait<0>();
         dv.hold();
         fa_warp_arrive(&sh.bar[FA_BAR_EMPTY + fa_stage_of(t)]);
-        fa_split_weights<C>(p, sh, u, t + 1, key0, kept, s, w);
+        fa_split_weights<C>(p, sh, u, t + 1, key0, s, w);
     }
     fa_split_values<C>(p, sh, u, c, t, key0, w, dv);
     fa_wgmma_wait<0>();
