@@ -436,7 +436,7 @@ def opcheck(op, args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_opcheck(dtype):
     made = Packed([5, 3], [6, 4], dtype, DV=24, past=1)
-    sinks, seed = normal(4, dtype=dtype), torch.tensor([7])
+    sinks, seed = normal(4, dtype=dtype), torch.tensor([7], device="cpu")
     options = (5, 6, None, 1.5, 4, 0, 0.25)
     opcheck(torch.ops.flashattn_ext.varlen_forward, (made.q, made.k, made.v, made.cu_q, made.cu_k, None, None, sinks,
                                                      slopes(4), seed, *options, 0))

@@ -40,7 +40,6 @@ Place check_devices(const Inputs &in)
     require_at(place, in.alibi_slopes, "alibi_slopes");
     require_at(place, in.q_seqlens, "q_seqlens");
     require_at(place, in.kv_seqlens, "kv_seqlens");
-    require_cpu(in.dropout_seed, "dropout_seed");
     return place;
 }
 

@@ -31,7 +31,6 @@ Place check_devices(const Packed &in)
     require_at(place, in.block_table, "block_table");
     require_at(place, in.sinks, "sinks");
     require_at(place, in.alibi_slopes, "alibi_slopes");
-    require_cpu(in.dropout_seed, "dropout_seed");
     return place;
 }
 
