@@ -58,6 +58,7 @@ static void fill_sizes(fa_fwd_sm90_params *p, const fa_args *a, const fa_sm90_in
     p->DV = (int32_t)a->v.size[3];
     bool left = a->window_left >= 0, right = a->window_right >= 0;
     fa_sm90_band(a, &p->lo_shift, &p->hi_shift);
+    p->hides = left || right;
     p->scale_log2 = (float)(a->scale * 1.4426950408889634);
     p->tiles = (p->SQ + f->BM - 1) / f->BM;
     int64_t heads = a->q.size[0] * a->q.size[1], pairs = heads * ((p->tiles + 1) / 2);

@@ -4,8 +4,7 @@
  *
  * Online softmax (Milakov and Gimelshein, 2018) with blocks of keys taken from the last to the first; the pipeline of
  * two products that overlap with the softmax, and warpgroups that take turns, follow Shah et al., "FlashAttention-3",
- * 2024. The maximum in use is left alone while it grows by less than 2^RESCALE: all terms stay exact, since numerator
- * and denominator use the same one, and the accumulator needs no product.
+ * 2024. Maxima: tile/softmax.cuh.
  */
 #ifndef FA_FWD_SM90_CUH
 #define FA_FWD_SM90_CUH
@@ -18,11 +17,14 @@
 #include "../tile/softmax.cuh"
 #include "../tile/store_rows.cuh"
 #include "fwd_sm90_params.h"
+#include "fwd_sm90_repair.cuh"
 
 /* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
  * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
- * is passed. */
-template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_> struct fa_fwd_sm90_config {
+ * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. */
+template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_>
+struct fa_fwd_sm90_config {
+    static constexpr bool BESIDE = BESIDE_;
     using T = T_;
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
@@ -182,6 +184,7 @@ template <class C> struct fa_consumer {
     fa_stage<C> ks, vs;
     uint32_t q_parity = 0;
     uint32_t q_desc, k_desc, v_desc; /* of stage 0 */
+    bool spoilt = false;             /* this thread held a result that is not finite */
 };
 
 /* One of every warp says that its warp is done. */
@@ -250,25 +253,16 @@ __device__ __forceinline__ void fa_first_block(const fa_fwd_sm90_params &p, fa_f
     fa_release_keys(sh, c, block == t.block_lo);
     fa_mask_block<C>(p, s, t.row + 64 * c.warpgroup, block * C::BN);
     fa_rows_start(r);
-    fa_softmax_block<C::BN>(s, r, p.scale_log2);
-    fa_pack_weights<typename C::T, C::BN>(w, s);
-}
-
-/* Has a sum of weights, which is never negative, decide about an arrival: the assembler then cannot move the softmax
- * behind the wait that follows, where it would no longer run beside the products. */
-__device__ __forceinline__ void fa_order_before_wait(float sum, uint64_t *bar)
-{
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.lt.f32 p, %0, 0f00000000;\n\t"
-                 "@p mbarrier.arrive.shared::cta.b64 _, [%1];\n\t}" ::"f"(sum),
-                 "r"(fa_shared_address(bar))
-                 : "memory");
+    fa_softmax_block<typename C::T, C::BN>(s, w, r, p.scale_log2);
 }
 
 /* Rows of a tile that is done; O is zero for the next. */
 template <class C>
-__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, const fa_tile &t, int row,
+__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, fa_consumer<C> &c, const fa_tile &t,
                                               float (&o)[C::DV / 2], const fa_rows &r)
 {
+    int row = t.row + 64 * c.warpgroup;
+    c.spoilt = c.spoilt || fa_any_not_finite(o);
     typename C::T *out = (typename C::T *)p.out.data + t.b * p.out.batch + t.h * p.out.head;
     float *lse = p.lse + ((int64_t)t.b * p.HQ + t.h) * p.SQ;
     fa_rows_out f = fa_finish_rows(r, p.scale_log2);
@@ -316,17 +310,23 @@ __device__ __forceinline__ void fa_next_block(const fa_fwd_sm90_params &p, fa_fw
     fa_rows old = r;
     if (fresh)
         fa_rows_start(r);
-    fa_softmax_block<C::BN>(s, r, p.scale_log2);
-    fa_wgmma_hold(s);
-    fa_order_before_wait(r.l[0] + r.l[1], &sh.q_empty[0]);
+    uint32_t w_next[C::BN / 4];
+    if (C::BESIDE) {
+        fa_softmax_block<typename C::T, C::BN>(s, w_next, r, p.scale_log2);
+        fa_wgmma_hold(w_next);
+    }
     fa_wgmma_wait<0>();
     fa_wgmma_hold(o);
     fa_wgmma_hold(w);
     fa_release(&sh.v_empty[c.vs.index]);
     c.vs.next();
-    fa_pack_weights<typename C::T, C::BN>(w, s);
+    if (!C::BESIDE)
+        fa_softmax_block<typename C::T, C::BN>(s, w_next, r, p.scale_log2);
+#pragma unroll
+    for (int i = 0; i < C::BN / 4; i++)
+        w[i] = w_next[i];
     if (fresh)
-        fa_store_tile<C>(p, done, done.row + 64 * c.warpgroup, o, old);
+        fa_store_tile<C>(p, c, done, o, old);
     else
         fa_rescale_rows<C::DV>(o, r);
 }
@@ -343,6 +343,22 @@ __device__ __forceinline__ void fa_last_product(fa_fwd_sm90_shared<C> &sh, fa_co
     fa_wgmma_commit();
     fa_wgmma_wait<0>();
     fa_wgmma_hold(o);
+}
+
+/* This warp's rows of all its tiles once more, those that a hidden key has spoilt. */
+template <class C> __device__ void fa_repair_tiles(const fa_fwd_sm90_params &p, int warpgroup)
+{
+    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+        for (int part = 0; part < p.parts; part++) {
+            fa_tile t = fa_tile_at<C>(p, unit, part);
+            int first = t.row + 64 * warpgroup + threadIdx.x / FA_WARP % 4 * 16;
+            for (int row = first; row < min(first + 16, p.SQ); row++) {
+                float lse = p.lse[((int64_t)t.b * p.HQ + t.h) * p.SQ + row];
+                if (fa_row_is_spoilt<typename C::T, C::DV>(p, t.b, t.h, row, lse))
+                    fa_repair_row<typename C::T, C::D, C::DV>(p, t.b, t.h, row, lse);
+            }
+        }
+    }
 }
 
 /* All blocks of all tiles of this thread block are one pipeline: a tile ends while scores of the next are computed. */
@@ -375,7 +391,10 @@ __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_s
         }
     }
     fa_last_product<C>(sh, c, w, o);
-    fa_store_tile<C>(p, done, done.row + 64 * warpgroup, o, r);
+    fa_store_tile<C>(p, c, done, o, r);
+    __syncwarp();
+    if (p.hides && __any_sync(0xffffffff, c.spoilt))
+        fa_repair_tiles<C>(p, warpgroup);
 }
 
 /* ---- kernel ---------------------------------------------------------------------------------------------------- */

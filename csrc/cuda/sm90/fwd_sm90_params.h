@@ -19,6 +19,7 @@ typedef struct fa_fwd_sm90_params {
     int32_t q_steps[2], k_steps[2], v_steps[2]; /* coordinate steps per head and batch: 0 where the stride is 0 */
     int32_t B, HQ, group, SQ, SK, D, DV;
     int32_t lo_shift, hi_shift;
+    int32_t hides;                   /* some query may not see some key */
     float scale_log2;                /* scale * log2 e > 0 */
     int32_t tiles;                   /* blocks of BM queries in a head */
     int32_t parts;                   /* 2: a piece of work is a long tile and a short one; 1: one tile */

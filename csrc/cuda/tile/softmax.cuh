@@ -2,8 +2,9 @@
  * and the four threads of a quad share them.
  *
  * A row keeps a reference m and the sum l of 2^(c (s - m)) over its keys, c = scale * log2 e. Any m gives the same
- * quotient; m must only be near enough to the maximum for the terms not to overflow. So m follows the maximum only
- * when the terms would exceed 2^FA_RESCALE_LOG2, and in most blocks nothing has to be multiplied. */
+ * quotient; m must only be near enough to the maximum for the terms not to overflow. So a block's weights are computed
+ * with the m at hand, and its maximum is looked for only if it is the first, or if a sum of weights shows that m is too
+ * small: then the block, whose scores are still there, is done again. */
 #ifndef FA_TILE_SOFTMAX_CUH
 #define FA_TILE_SOFTMAX_CUH
 
@@ -11,15 +12,15 @@
 
 #include "../ptx/math.cuh"
 
-#ifndef FA_RESCALE_LOG2
-#define FA_RESCALE_LOG2 8.f
-#endif
+/* Largest sum of the weights that one thread holds of a row in a block. Weights reach fp16 and, times V, fp32. */
+#define FA_WEIGHTS_LIMIT 256.f
 
 struct fa_rows {
     float m[2];      /* -inf: the row has seen no key */
     float l[2];      /* of this thread's columns only */
     float factor[2]; /* what the last block multiplied the sums by */
-    bool grown;      /* whether any factor of the warp is not 1 */
+    bool grown;      /* whether a factor of the warp may differ from 1 */
+    bool blind;      /* whether an m of the warp is -inf */
 };
 
 __device__ __forceinline__ void fa_rows_start(fa_rows &r)
@@ -29,6 +30,7 @@ __device__ __forceinline__ void fa_rows_start(fa_rows &r)
         r.m[i] = -CUDART_INF_F;
         r.l[i] = 0.f;
     }
+    r.blind = true;
 }
 
 __device__ __forceinline__ float fa_quad_max(float x)
@@ -64,46 +66,53 @@ __device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int ke
     }
 }
 
-/* s becomes the weights of the block's keys; m, l, factor and grown are brought up to date. */
-template <int BN> __device__ __forceinline__ void fa_softmax_block(float (&s)[BN / 2], fa_rows &r, float c)
+/* m of both rows follows the block's maximum; the sums so far are multiplied by factor. */
+template <int BN> __device__ __forceinline__ void fa_raise_maximum(const float (&s)[BN / 2], fa_rows &r, float c)
 {
-    float base[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         float top = s[2 * i];
 #pragma unroll
         for (int j = 0; j < BN / 8; j++)
-            top = fmaxf(top, fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
+            top = fmaxf(fmaxf(top, s[4 * j + 2 * i]), s[4 * j + 2 * i + 1]);
         top = fmaxf(r.m[i], fa_quad_max(top));
-        bool grow = (top - r.m[i]) * c > FA_RESCALE_LOG2; /* false for a row that still sees nothing: NaN */
-        r.factor[i] = grow ? fa_exp2((r.m[i] - top) * c) : 1.f;
-        r.m[i] = grow ? top : r.m[i];
-        base[i] = r.m[i] == -CUDART_INF_F ? 0.f : -r.m[i] * c;
+        r.factor[i] = top == r.m[i] ? 1.f : fa_exp2((r.m[i] - top) * c);
+        r.l[i] *= r.factor[i];
+        r.m[i] = top;
     }
-    r.grown = __any_sync(0xffffffff, r.factor[0] != 1.f || r.factor[1] != 1.f);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float sum = 0.f;
-#pragma unroll
-        for (int j = 0; j < BN / 8; j++) {
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                float &at = s[4 * j + 2 * i + x];
-                at = fa_exp2(fmaf(at, c, base[i]));
-                sum += at;
-            }
-        }
-        r.l[i] = fmaf(r.l[i], r.factor[i], sum);
-    }
+    r.blind = __any_sync(0xffffffff, r.m[0] == -CUDART_INF_F || r.m[1] == -CUDART_INF_F);
 }
 
-/* Weights rounded to T, as the A operand of the product with V. */
+/* w becomes the weights of the block's keys, rounded to T, as the A operand of the product with V; r is brought up to
+ * date. */
 template <typename T, int BN>
-__device__ __forceinline__ void fa_pack_weights(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
+__device__ __forceinline__ void fa_softmax_block(const float (&s)[BN / 2], uint32_t (&w)[BN / 4], fa_rows &r, float c)
 {
+    float sum[2];
+    r.grown = false;
+    bool raise = r.blind;
+    do {
+        float base[2];
+        if (raise) {
+            fa_raise_maximum<BN>(s, r, c);
+            r.grown = true;
+        }
 #pragma unroll
-    for (int i = 0; i < BN / 4; i++)
-        w[i] = fa_pack<T>(s[2 * i], s[2 * i + 1]);
+        for (int i = 0; i < 2; i++) {
+            base[i] = r.m[i] == -CUDART_INF_F ? 0.f : -r.m[i] * c;
+            sum[i] = 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < BN / 4; j++) {
+            float x = fa_exp2(fmaf(s[2 * j], c, base[j % 2])), y = fa_exp2(fmaf(s[2 * j + 1], c, base[j % 2]));
+            sum[j % 2] += x;
+            sum[j % 2] += y;
+            w[j] = fa_pack<T>(x, y);
+        }
+        raise = !raise && __any_sync(0xffffffff, fmaxf(sum[0], sum[1]) > FA_WEIGHTS_LIMIT);
+    } while (raise);
+    r.l[0] += sum[0];
+    r.l[1] += sum[1];
 }
 
 template <int DV> __device__ __forceinline__ void fa_rescale_rows(float (&o)[DV / 2], const fa_rows &r)

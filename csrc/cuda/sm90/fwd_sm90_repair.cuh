@@ -1,0 +1,72 @@
+/* Rows of the output that keys they do not see have spoilt.
+ *
+ * A hidden key of a block that is computed has weight 0, but 0 times a NaN or an infinity of its value is NaN. Blocks are
+ * not searched for such values: a warp notes whether a result of its own was not finite, and only then, behind its last
+ * tile, it computes those rows again, from their log-sum-exp (which no hidden key reaches) and the keys they see. */
+#ifndef FA_FWD_SM90_REPAIR_CUH
+#define FA_FWD_SM90_REPAIR_CUH
+
+#include "../ptx/math.cuh"
+#include "../ptx/warpgroup.cuh"
+#include "fwd_sm90_params.h"
+
+/* Is one of these sums of products NaN or infinite? */
+template <int R> __device__ __forceinline__ bool fa_any_not_finite(const float (&o)[R])
+{
+    float probe = 0.f;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        probe = fmaf(o[i], 0.f, probe); /* NaN from then on */
+    return probe != 0.f;
+}
+
+__device__ __forceinline__ float fa_warp_sum(float x)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1)
+        x += __shfl_xor_sync(0xffffffff, x, i);
+    return x;
+}
+
+template <typename T> __device__ __forceinline__ const T *fa_row_of(const fa_fwd_sm90_view &v, int b, int h, int64_t row)
+{
+    return (const T *)v.data + b * v.batch + h * v.head + row * v.row;
+}
+
+template <typename T, int DV>
+__device__ bool fa_row_is_spoilt(const fa_fwd_sm90_params &p, int b, int h, int row, float lse)
+{
+    const T *out = fa_row_of<T>(p.out, b, h, row);
+    float probe = 0.f;
+    for (int d = threadIdx.x % FA_WARP; d < p.DV; d += FA_WARP)
+        probe = fmaf(fa_widen(out[d]), 0.f, probe);
+    return __any_sync(0xffffffff, probe != 0.f) && fabsf(lse) < CUDART_INF_F; /* a NaN among its scores is its own */
+}
+
+/* O = sum of exp(scale q k_j - lse) v_j over the keys that the row sees; the lanes of the warp share d. */
+template <typename T, int D, int DV>
+__device__ void fa_repair_row(const fa_fwd_sm90_params &p, int b, int h, int row, float lse)
+{
+    int lane = threadIdx.x % FA_WARP, head = h / p.group;
+    int lo = max(0, row + p.lo_shift), hi = min(p.SK, row + p.hi_shift);
+    const T *q = fa_row_of<T>(p.q, b, h, row);
+    float sum[DV / FA_WARP] = {};
+    for (int j = lo; j < hi; j++) {
+        const T *k = fa_row_of<T>(p.k, b, head, j), *v = fa_row_of<T>(p.v, b, head, j);
+        float score = 0.f;
+        for (int d = lane; d < p.D; d += FA_WARP)
+            score = fmaf(fa_widen(q[d]), fa_widen(k[d]), score);
+        float weight = fa_exp2(fa_warp_sum(score) * p.scale_log2 - lse * 1.4426950408889634f);
+#pragma unroll
+        for (int i = 0; i < DV / FA_WARP; i++)
+            if (lane + i * FA_WARP < p.DV)
+                sum[i] = fmaf(weight, fa_widen(v[lane + i * FA_WARP]), sum[i]);
+    }
+    T *out = (T *)fa_row_of<T>(p.out, b, h, row);
+#pragma unroll
+    for (int i = 0; i < DV / FA_WARP; i++)
+        if (lane + i * FA_WARP < p.DV)
+            out[lane + i * FA_WARP].bits = (uint16_t)fa_pack<T>(sum[i], 0.f);
+}
+
+#endif
