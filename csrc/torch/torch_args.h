@@ -490,7 +490,7 @@ inline void plan_and_run_on_gpu(const fa_args &a, Direction direction)
                           .workspace_size = plan.workspace,
                           .stream = current_stream(a.device)};
     fa_error err;
-    check((direction == FORWARD ? fa_cuda_run_forward : fa_cuda_run_backward)(&a, &plan, &exec, &err), err);
+    check(fa_cuda_run(&a, &plan, &exec, &err), err);
 }
 
 inline void plan_and_run(const fa_args &a, Direction direction)
