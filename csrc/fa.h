@@ -87,6 +87,7 @@ typedef struct fa_args {
     int64_t window_left;  /* query i sees keys j with i + offset - left <= j <= i + offset + right; -1 = unbounded. */
     int64_t window_right; /* Causal is right = 0. */
     bool bottom_right;    /* offset: false = 0 (top-left), true = kv_len - q_len of the sequence */
+    bool allow_tf32;      /* a GPU may round float32 to TF32 in products, which then keep 10 bits instead of 23 */
     double dropout_p;     /* in [0, 1]; see common/fa_philox.h for which weights it drops */
     uint64_t dropout_seed;
 
