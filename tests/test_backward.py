@@ -121,7 +121,7 @@ def test_the_op_computes_only_what_needs_says(needs):
     """torch.ops.flashattn_ext.backward: a gradient whose bit is not set comes back with no element."""
     inputs = build(Case(options=("bias_full", "sinks")))
     bias, sinks = inputs.options["attn_mask"], inputs.options["sinks"]
-    common = (None, None, None, None, None, 0.0, -1, -1, False, 0.0)
+    common = (None, None, None, None, None, 0.0, -1, -1, False, 0.0, False)
     q, k, v = inputs.query, inputs.key, inputs.value
     out, lse = torch.ops.flashattn_ext.forward(q, k, v, bias, sinks, *common)
     grad_out = torch.randn_like(out)
