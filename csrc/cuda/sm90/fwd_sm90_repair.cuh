@@ -8,6 +8,7 @@
 
 #include "../ptx/math.cuh"
 #include "../ptx/warpgroup.cuh"
+#include "fwd_sm90_mod.cuh"
 #include "fwd_sm90_params.h"
 
 /* Is one of these sums of products NaN or infinite? */
@@ -67,6 +68,82 @@ __device__ void fa_repair_row(const fa_fwd_sm90_params &p, int b, int h, int row
     for (int i = 0; i < DV / FA_WARP; i++)
         if (lane + i * FA_WARP < p.DV)
             out[lane + i * FA_WARP].bits = (uint16_t)fa_pack<T>(sum[i], 0.f);
+}
+
+/* ---- with all options ---------------------------------------------------------------------------------------------- */
+
+/* The score of query i and key j in units of log2, from their product; -inf: hidden by the mask. */
+template <typename T>
+__device__ __forceinline__ float fa_mod_score(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int i, int j,
+                                              float product)
+{
+    float x = product * (FA_WHAT(p) & FA_MOD_SCALED ? p.scale : p.plain.scale_log2);
+    if (FA_WHAT(p) & FA_MOD_CAP)
+        x = p.cap * fa_tanh(x);
+    if (FA_WHAT(p) & (FA_MOD_BITS | FA_MOD_BIAS)) {
+        int64_t at = fa_mask_row(p, t, i) + j * p.mask[3];
+        float y = FA_WHAT(p) & FA_MOD_BITS   ? (((const uint8_t *)p.a.mask.data)[at] ? 0.f : -CUDART_INF_F)
+                  : FA_WHAT(p) & FA_MOD_WIDE ? fa_bias_log2(((const float *)p.a.mask.data)[at])
+                                         : fa_bias_log2(fa_widen(((const T *)p.a.mask.data)[at]));
+        x = y == -CUDART_INF_F ? y : x + y;
+    }
+    if (FA_WHAT(p) & FA_MOD_ALIBI)
+        x -= t.slope * fabsf((float)(i + t.offset - j));
+    return x;
+}
+
+__device__ __forceinline__ bool fa_mod_keeps(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int i, int j)
+{
+    uint32_t bh = (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h);
+    return !(FA_WHAT(p) & FA_MOD_DROPOUT) || fa_dropout_keep(p.a.dropout_seed, p.threshold, bh, i, j);
+}
+
+/* As fa_repair_row; the sum of the weights is taken anew, since a log-sum-exp of the least float is not exact. */
+template <typename T, int D, int DV>
+__device__ __forceinline__ void fa_mod_repair_row(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row,
+                                                  float lse)
+{
+    const fa_fwd_sm90_params &f = p.plain;
+    int lane = threadIdx.x % FA_WARP, head = t.h / f.group;
+    int lo = max(0, row + t.lo_shift), hi = min(t.k_len, row + t.hi_shift);
+    float top = fmaxf(lse * FA_LOG2E, -FLT_MAX), total = p.a.sinks.data ? fa_exp2(t.sink - top) : 0.f;
+    const T *q = fa_row_of<T>(f.q, t.b, t.h, t.q_row + row);
+    float sum[DV / FA_WARP] = {};
+#pragma unroll 1
+    for (int j = lo; j < hi; j++) {
+        const T *k = fa_row_of<T>(f.k, t.b, head, t.k_row + j), *v = fa_row_of<T>(f.v, t.b, head, t.k_row + j);
+        float product = 0.f;
+#pragma unroll 1
+        for (int d = lane; d < f.D; d += FA_WARP)
+            product = fmaf(fa_widen(q[d]), fa_widen(k[d]), product);
+        float x = fa_mod_score<T>(p, t, row, j, fa_warp_sum(product)), weight = fa_exp2(x - top);
+        if (x == -CUDART_INF_F)
+            continue;
+        total += weight;
+        if (!fa_mod_keeps(p, t, row, j))
+            continue;
+#pragma unroll
+        for (int i = 0; i < DV / FA_WARP; i++)
+            if (lane + i * FA_WARP < f.DV)
+                sum[i] = fmaf(weight, fa_widen(v[lane + i * FA_WARP]), sum[i]);
+    }
+    T *out = (T *)fa_row_of<T>(f.out, t.b, t.h, t.q_row + row);
+#pragma unroll
+    for (int i = 0; i < DV / FA_WARP; i++)
+        if (lane + i * FA_WARP < f.DV)
+            out[lane + i * FA_WARP].bits = (uint16_t)fa_pack<T>(sum[i] * p.keep / total, 0.f);
+}
+
+/* A warp's 16 rows of a tile, right behind their store: tiles are not found twice. */
+template <typename T, int D, int DV>
+__device__ __forceinline__ void fa_mod_repair_rows(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int first)
+{
+#pragma unroll 1
+    for (int row = first; row < min(first + 16, t.q_len); row++) {
+        float lse = p.plain.lse[((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row + row];
+        if (fa_row_is_spoilt<T, DV>(p.plain, t.b, t.h, t.q_row + row, lse))
+            fa_mod_repair_row<T, D, DV>(p, t, row, lse);
+    }
 }
 
 #endif
