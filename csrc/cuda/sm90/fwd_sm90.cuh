@@ -32,8 +32,8 @@ struct fa_fwd_sm90_config {
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
     static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
-    static constexpr int PRODUCER_REGISTERS = MOD ? 40 : WGS == 2 ? 24 : 32;
-    static constexpr int CONSUMER_REGISTERS = MOD ? 232 : WGS == 2 ? 240 : 160;
+    static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32;
+    static constexpr int CONSUMER_REGISTERS = WGS == 2 ? 240 : 160;
     static_assert(!MOD || WGS == 2, "registers");
 };
 
@@ -351,7 +351,7 @@ __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, 
                                                uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &m)
 {
     fa_softmax_block<typename C::T, C::BN>(s, w, r, p.plain.scale_log2);
-    if (FA_WHAT(p) & FA_MOD_DROPOUT)
+    if (p.what & FA_MOD_DROPOUT)
         fa_drop<C::BN>(w, m);
 }
 

@@ -13,9 +13,6 @@
 #include "../tile/store_rows.cuh"
 #include "fwd_sm90_tiles.cuh"
 
-#ifndef FA_WHAT
-#define FA_WHAT(p) (p.what)
-#endif
 #define FA_LOG2E 1.4426950408889634f
 
 /* Of one thread. An element is named by i, its row (first + 8 i), c, its group of 8 columns, and x, one of two. */
@@ -82,9 +79,8 @@ __device__ __forceinline__ void fa_fetch_seen(const fa_fwd_sm90_mod_params &p, c
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        uint32_t bits = fa_bools_to_bits(w[i][0]);
-        if (BN == 128)
-            bits = __byte_perm(bits, fa_bools_to_bits(w[i][BN / 64 - 1]), 0x5410);
+        uint32_t bits = fa_bools_to_bits(w[i][0]), more = BN == 128 ? fa_bools_to_bits(w[i][BN / 64 - 1]) : 0;
+        bits = __byte_perm(bits, more, 0x5410);
         m.seen[i] = 0;
 #pragma unroll
         for (int u = 0; u < 4; u++) {
@@ -364,18 +360,18 @@ __device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, co
                                              fa_mod_block &m, char *bias)
 {
     fa_mod_place at = fa_mod_place_of(row, key);
-    if (FA_WHAT(p) & FA_MOD_BITS) {
-        if (FA_WHAT(p) & FA_MOD_VECTORS)
+    if (p.what & FA_MOD_BITS) {
+        if (p.what & FA_MOD_VECTORS)
             fa_fetch_seen<BN>(p, t, at, m);
         else
             fa_fetch_seen_singly<BN>(p, t, at, m);
-    } else if (FA_WHAT(p) & FA_MOD_BIAS) {
-        if (FA_WHAT(p) & FA_MOD_VECTORS)
+    } else if (p.what & FA_MOD_BIAS) {
+        if (p.what & FA_MOD_VECTORS)
             fa_fetch_bias<BN>(p, t, at, bias);
-        else if (!(FA_WHAT(p) & FA_MOD_WIDE))
+        else if (!(p.what & FA_MOD_WIDE))
             fa_fetch_bias_singly<BN>(p, t, at, bias);
     }
-    if (FA_WHAT(p) & FA_MOD_DROPOUT)
+    if (p.what & FA_MOD_DROPOUT)
         fa_fetch_kept<BN>(p, t, at, m);
 }
 
@@ -385,25 +381,25 @@ __device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, c
 {
     fa_mod_place at = fa_mod_place_of(row, key);
     float scale = p.scale; /* that is still to be applied */
-    if (FA_WHAT(p) & FA_MOD_CAP) {
+    if (p.what & FA_MOD_CAP) {
         fa_softcap(s, p.scale, p.cap);
         scale = 1.f;
     }
-    if (FA_WHAT(p) & FA_MOD_BIAS) {
-        if (FA_WHAT(p) & FA_MOD_WIDE)
+    if (p.what & FA_MOD_BIAS) {
+        if (p.what & FA_MOD_WIDE)
             fa_add_wide_bias<BN>(s, p, t, at, scale);
         else
             fa_add_bias<T, BN>(s, bias, scale);
         scale = 1.f;
     }
-    if (FA_WHAT(p) & FA_MOD_ALIBI) {
+    if (p.what & FA_MOD_ALIBI) {
         fa_add_alibi<BN>(s, t, at, scale);
-    } else if ((FA_WHAT(p) & (FA_MOD_SCALED | FA_MOD_CAP | FA_MOD_BIAS)) == FA_MOD_SCALED) {
+    } else if ((p.what & (FA_MOD_SCALED | FA_MOD_CAP | FA_MOD_BIAS)) == FA_MOD_SCALED) {
 #pragma unroll
         for (int e = 0; e < BN / 2; e++)
             s[e] *= scale;
     }
-    if (FA_WHAT(p) & FA_MOD_BITS)
+    if (p.what & FA_MOD_BITS)
         fa_hide_unseen<BN>(s, m);
 }
 

@@ -77,25 +77,28 @@ template <typename T>
 __device__ __forceinline__ float fa_mod_score(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int i, int j,
                                               float product)
 {
-    float x = product * (FA_WHAT(p) & FA_MOD_SCALED ? p.scale : p.plain.scale_log2);
-    if (FA_WHAT(p) & FA_MOD_CAP)
+    float x = product * (p.what & FA_MOD_SCALED ? p.scale : p.plain.scale_log2);
+    if (p.what & FA_MOD_CAP)
         x = p.cap * fa_tanh(x);
-    if (FA_WHAT(p) & (FA_MOD_BITS | FA_MOD_BIAS)) {
+    if (p.what & (FA_MOD_BITS | FA_MOD_BIAS)) {
         int64_t at = fa_mask_row(p, t, i) + j * p.mask[3];
-        float y = FA_WHAT(p) & FA_MOD_BITS   ? (((const uint8_t *)p.a.mask.data)[at] ? 0.f : -CUDART_INF_F)
-                  : FA_WHAT(p) & FA_MOD_WIDE ? fa_bias_log2(((const float *)p.a.mask.data)[at])
+        float y = p.what & FA_MOD_BITS   ? (((const uint8_t *)p.a.mask.data)[at] ? 0.f : -CUDART_INF_F)
+                  : p.what & FA_MOD_WIDE ? fa_bias_log2(((const float *)p.a.mask.data)[at])
                                          : fa_bias_log2(fa_widen(((const T *)p.a.mask.data)[at]));
         x = y == -CUDART_INF_F ? y : x + y;
     }
-    if (FA_WHAT(p) & FA_MOD_ALIBI)
+    if (p.what & FA_MOD_ALIBI)
         x -= t.slope * fabsf((float)(i + t.offset - j));
     return x;
 }
 
 __device__ __forceinline__ bool fa_mod_keeps(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int i, int j)
 {
+    if (!(p.what & FA_MOD_DROPOUT))
+        return true;
     uint32_t bh = (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h);
-    return !(FA_WHAT(p) & FA_MOD_DROPOUT) || fa_dropout_keep(p.a.dropout_seed, p.threshold, bh, i, j);
+    fa_philox4 r = fa_philox_of(p, (uint32_t)j / 4, (uint32_t)i, bh);
+    return (j & 2 ? (j & 1 ? r.word[3] : r.word[2]) : (j & 1 ? r.word[1] : r.word[0])) >= p.threshold;
 }
 
 /* As fa_repair_row; the sum of the weights is taken anew, since a log-sum-exp of the least float is not exact. */

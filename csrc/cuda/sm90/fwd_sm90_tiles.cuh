@@ -123,6 +123,7 @@ __device__ __forceinline__ bool fa_mod_tile_at(const fa_fwd_sm90_mod_params &p, 
         if (found)
             fa_mod_tile_fill<C::BM, C::BN>(p, t);
     }
+    __syncwarp();
     return __shfl_sync(0xffffffff, found, 0);
 }
 
@@ -136,7 +137,7 @@ template <class C, class Shared> __device__ __forceinline__ void fa_find_tiles(c
     for (;;) {
         if (p.next_unit)
             unit = __shfl_sync(0xffffffff, lane == 0 ? atomicAdd(p.next_unit, 1) : 0, 0);
-        if (unit >= p.plain.units)
+        if (unit >= (uint32_t)p.plain.units)
             break;
         for (int part = 0; part < p.plain.parts; part++) {
             fa_mod_tile *t = &s.tiles[ring.index];
