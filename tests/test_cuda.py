@@ -56,8 +56,8 @@ def test_every_family_is_right(arch, case, dtype):
     check_case(case.but(dtype=dtype))
 
 
-# What the kernels of sm_90 take: bf16 and fp16, rows of whole 16 bytes. Masks of 320 keys are read in pieces of 16 bytes,
-# those of 331 element by element.
+# What the kernels of sm_90 take: bf16 and fp16, rows of whole 16 bytes. Masks of 320 keys are read in pieces of 16
+# bytes, those of 331 element by element.
 HOPPER = [
     Case(B=2, HQ=2, HK=2, SQ=300, SK=300, D=64),
     Case(B=1, HQ=4, HK=2, SQ=257, SK=390, D=128, options=("causal",)),

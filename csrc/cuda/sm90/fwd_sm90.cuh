@@ -59,7 +59,7 @@ template <class C> struct fa_fwd_sm90_shared : fa_fwd_sm90_types<C>::shared {
 
 enum { FA_BAR_TURN = 1 }; /* named barriers FA_BAR_TURN + warpgroup */
 
-/* ---- work ------------------------------------------------------------------------------------------------------ */
+/* ---- work -------------------------------------------------------------------------------------------------------- */
 
 struct fa_query_tile {
     int b, h, row;          /* batch, query head, first query */
@@ -86,7 +86,7 @@ template <class C> __device__ __forceinline__ fa_query_tile fa_tile_at(const fa_
     return t;
 }
 
-/* ---- producer: one thread starts every copy -------------------------------------------------------------------- */
+/* ---- producer: one thread starts every copy ---------------------------------------------------------------------- */
 
 /* Block `i` of the copies of this kernel goes to stage i % STAGES, in its round i / STAGES. */
 template <class C> struct fa_stage {
@@ -208,7 +208,8 @@ template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_
 }
 
 /* The same over the tiles of the ring. */
-template <class C> __device__ __forceinline__ void fa_produce_ring(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
+template <class C>
+__device__ __forceinline__ void fa_produce_ring(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
 {
     fa_stage<C> ks, vs;
     fa_ring ring;
@@ -236,7 +237,7 @@ template <class C> __device__ __forceinline__ void fa_produce_ring(const fa_fwd_
         fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
 }
 
-/* ---- consumers: 64 queries each -------------------------------------------------------------------------------- */
+/* ---- consumers: 64 queries each ---------------------------------------------------------------------------------- */
 
 /* S (64, BN) = Q K^T */
 template <class C> __device__ __forceinline__ void fa_issue_qk(float (&s)[C::BN / 2], uint32_t q, uint32_t k)
@@ -594,7 +595,7 @@ __device__ __forceinline__ void fa_consume_ring(const fa_fwd_sm90_mod_params &p,
     fa_store_tile<C>(p, sh, c, done, o, r);
 }
 
-/* ---- kernel ---------------------------------------------------------------------------------------------------- */
+/* ---- kernel ------------------------------------------------------------------------------------------------------ */
 
 template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_shared<C> &s)
 {

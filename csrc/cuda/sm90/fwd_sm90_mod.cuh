@@ -32,7 +32,7 @@ __device__ __forceinline__ fa_mod_place fa_mod_place_of(int row, int key)
     return {row + 16 * warp + lane / 4, key + 2 * (lane % 4)};
 }
 
-/* ---- masks ------------------------------------------------------------------------------------------------------ */
+/* ---- masks ------------------------------------------------------------------------------------------------------- */
 
 /* First element of the mask's row i. Rows behind the last are read as the last. */
 __device__ __forceinline__ int64_t fa_mask_row(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int i)
@@ -253,8 +253,8 @@ __device__ __forceinline__ float fa_tanh(float x)
     return fmaf(-2.f, fa_reciprocal(1.f + fa_exp2(2 * FA_LOG2E * x)), 1.f);
 }
 
-/* s = cap tanh(s scale). Where all are below 1/2, as with most caps, tanh x = x P(x^2) to 1e-7: the special functions are
- * left to the softmax. */
+/* s = cap tanh(s scale). Where all are below 1/2, as with most caps, tanh x = x P(x^2) to 1e-7: the special functions
+ * are left to the softmax. */
 template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], float scale, float cap)
 {
     float top = 0.f;
@@ -293,7 +293,7 @@ __device__ __forceinline__ void fa_add_alibi(float (&s)[BN / 2], const fa_mod_ti
     }
 }
 
-/* ---- dropout ------------------------------------------------------------------------------------------------------ */
+/* ---- dropout ----------------------------------------------------------------------------------------------------- */
 
 /* fa_philox with the keys of its rounds at hand */
 __device__ __forceinline__ fa_philox4 fa_philox_of(const fa_fwd_sm90_mod_params &p, uint32_t c0, uint32_t c1,
@@ -353,7 +353,7 @@ template <int BN> __device__ __forceinline__ void fa_drop(uint32_t (&w)[BN / 4],
     }
 }
 
-/* ---- a block, and the end of a tile --------------------------------------------------------------------------------- */
+/* ---- a block, and the end of a tile ------------------------------------------------------------------------------ */
 
 template <int BN>
 __device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,

@@ -1,8 +1,9 @@
 /* Rows of the output that keys they do not see have spoilt.
  *
- * A hidden key of a block that is computed has weight 0, but 0 times a NaN or an infinity of its value is NaN. Blocks are
- * not searched for such values: a warp notes whether a result of its own was not finite, and only then, behind its last
- * tile, it computes those rows again, from their log-sum-exp (which no hidden key reaches) and the keys they see. */
+ * A hidden key of a block that is computed has weight 0, but 0 times a NaN or an infinity of its value is NaN. Blocks
+ * are not searched for such values: a warp notes whether a result of its own was not finite, and only then it computes
+ * those rows again, from their log-sum-exp (which no hidden key reaches) and the keys they see: behind its last tile or,
+ * with all options, right behind their tile. */
 #ifndef FA_FWD_SM90_REPAIR_CUH
 #define FA_FWD_SM90_REPAIR_CUH
 
@@ -29,7 +30,8 @@ __device__ __forceinline__ float fa_warp_sum(float x)
     return x;
 }
 
-template <typename T> __device__ __forceinline__ const T *fa_row_of(const fa_fwd_sm90_view &v, int b, int h, int64_t row)
+template <typename T>
+__device__ __forceinline__ const T *fa_row_of(const fa_fwd_sm90_view &v, int b, int h, int64_t row)
 {
     return (const T *)v.data + b * v.batch + h * v.head + row * v.row;
 }
@@ -70,7 +72,7 @@ __device__ void fa_repair_row(const fa_fwd_sm90_params &p, int b, int h, int row
             out[lane + i * FA_WARP].bits = (uint16_t)fa_pack<T>(sum[i], 0.f);
 }
 
-/* ---- with all options ---------------------------------------------------------------------------------------------- */
+/* ---- with all options -------------------------------------------------------------------------------------------- */
 
 /* The score of query i and key j in units of log2, from their product; -inf: hidden by the mask. */
 template <typename T>

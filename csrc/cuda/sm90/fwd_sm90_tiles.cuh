@@ -17,7 +17,7 @@ struct fa_mod_tile {
     int32_t k_len;
     int32_t offset, lo_shift, hi_shift; /* query i sees i + lo_shift <= j < i + hi_shift */
     int32_t block_lo, block_hi; /* blocks of BN keys that some query sees */
-    int32_t tail;               /* rows of V in the last of them that belong to the sequence; BN: all, or TMA fills in */
+    int32_t tail;               /* rows of V in the last of them that belong to the sequence; BN: none to be cleared */
     float slope, sink;          /* ALiBi and sink of the head, in units of log2 */
 };
 
@@ -42,7 +42,7 @@ struct fa_ring {
     }
 };
 
-/* ---- which tile ---------------------------------------------------------------------------------------------------- */
+/* ---- which tile -------------------------------------------------------------------------------------------------- */
 
 /* Tile `part` of piece of work `unit`: sequence, head, first row; false where there is none. Rows of neighbouring
  * blocks belong to one head, whose K and V so stay in the second-level cache; the last rows come first. */
@@ -72,7 +72,8 @@ __device__ __forceinline__ bool fa_mod_tile_place(const fa_fwd_sm90_mod_params &
 }
 
 /* The rest of a tile. */
-template <int BM, int BN> __device__ __forceinline__ void fa_mod_tile_fill(const fa_fwd_sm90_mod_params &p, fa_mod_tile *t)
+template <int BM, int BN>
+__device__ __forceinline__ void fa_mod_tile_fill(const fa_fwd_sm90_mod_params &p, fa_mod_tile *t)
 {
     const fa_seq s = fa_seq_at(&p.a, t->n);
     t->b = (int)s.q_batch;
@@ -97,10 +98,11 @@ template <int BM, int BN> __device__ __forceinline__ void fa_mod_tile_fill(const
     t->sink = p.a.sinks.data ? (float)(fa_per_head(&p.a.sinks, t->n, t->h) * 1.4426950408889634) : 0.f;
 }
 
-/* ---- the warp that finds tiles ------------------------------------------------------------------------------------- */
+/* ---- the warp that finds tiles ----------------------------------------------------------------------------------- */
 
 /* Rows of a tile that sees no key, by one warp. */
-template <int BM> __device__ __forceinline__ void fa_mod_fill_blind(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t)
+template <int BM>
+__device__ __forceinline__ void fa_mod_fill_blind(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t)
 {
     const fa_fwd_sm90_view &v = p.plain.out;
     int lane = threadIdx.x % FA_WARP, chunks = p.plain.DV / 8, end = min(t.row + BM, t.q_rows);
@@ -128,7 +130,8 @@ __device__ __forceinline__ bool fa_mod_tile_at(const fa_fwd_sm90_mod_params &p, 
 }
 
 /* Tiles without keys are dealt with at once and never seen by the other warps. */
-template <class C, class Shared> __device__ __forceinline__ void fa_find_tiles(const fa_fwd_sm90_mod_params &p, Shared &s)
+template <class C, class Shared>
+__device__ __forceinline__ void fa_find_tiles(const fa_fwd_sm90_mod_params &p, Shared &s)
 {
     fa_ring ring;
     int lane = threadIdx.x % FA_WARP;
@@ -180,10 +183,10 @@ __device__ __forceinline__ fa_mod_tile fa_uniform_tile(const fa_mod_tile &from)
     return t;
 }
 
-/* ---- the warp that clears rows of V -------------------------------------------------------------------------------- */
+/* ---- the warp that clears rows of V ------------------------------------------------------------------------------ */
 
-/* In the last block of a sequence whose tensor goes on behind it, V holds rows that belong to nobody or to another: their
- * weight is 0, but 0 times NaN is NaN. */
+/* In the last block of a sequence whose tensor goes on behind it, V holds rows that belong to nobody or to another:
+ * their weight is 0, but 0 times NaN is NaN. */
 template <class C, class Shared> __device__ __forceinline__ void fa_clear_tails(Shared &s)
 {
     fa_ring ring;

@@ -45,8 +45,8 @@ __device__ __forceinline__ float fa_quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-/* Scores of keys that a row does not see become -inf. Row i sees i + lo_shift <= j < i + hi_shift and j < keys; ROWS: if
- * it is below rows. */
+/* Scores of keys that a row does not see become -inf. Row i sees i + lo_shift <= j < i + hi_shift and j < keys; ROWS:
+ * if it is below rows. */
 template <int BN, bool ROWS = false>
 __device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int key, int keys, int lo_shift, int hi_shift,
                                              int rows = 0)
