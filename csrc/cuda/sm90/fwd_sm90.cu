@@ -192,7 +192,9 @@ static fa_status launch_mod(const fa_args *a, const fa_sm90_instance *f, int pro
 
 extern "C" size_t fa_fwd_sm90_workspace(const fa_args *a)
 {
-    return has_lengths(a) ? 256 : 0;
+    const int64_t BM = 128, heads = a->q.size[0] * a->q.size[1];
+    int64_t tiles = a->cu_q.data ? a->q.size[2] / BM + a->cu_q.size[0] : (a->q.size[2] + BM - 1) / BM;
+    return has_lengths(a) ? (size_t)(1 + heads * tiles) * sizeof(uint32_t) : 0;
 }
 
 extern "C" fa_status fa_fwd_sm90_launch_instance(const fa_args *a, const fa_sm90_instance *f, void *workspace,

@@ -265,6 +265,7 @@ template <class C> struct fa_consumer {
     uint32_t q_parity = 0;
     uint32_t q_desc, k_desc, v_desc; /* of stage 0 */
     bool spoilt = false;             /* this thread held a result that is not finite */
+    int mask = 0;                    /* which of the two places holds the mask of the block at hand */
 };
 
 /* One of every warp says that its warp is done. */
@@ -309,8 +310,8 @@ __device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_params &p, fa_fw
 
 /* What a block needs besides its scores, while they are computed. */
 template <class C>
-__device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_params &, fa_fwd_sm90_shared<C> &,
-                                               const fa_query_tile &, int, int, fa_mod_block &)
+__device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_params &, fa_fwd_sm90_shared<C> &, fa_consumer<C> &,
+                                               const fa_query_tile &, int, int, bool, bool, fa_mod_block &)
 {
 }
 
@@ -324,27 +325,25 @@ __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_params &p, cons
 
 /* The same three with all options. Rows that are no queries see nothing, so that nothing depends on what they hold. */
 template <class C>
-__device__ __forceinline__ char *fa_bias_of(fa_fwd_sm90_shared<C> &sh)
-{
-    return sh.bias + (threadIdx.x / FA_WARP - 4) * (16 * C::BN * 2); /* this warp's */
-}
-
-template <class C>
 __device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
                                               const fa_mod_tile &t, float (&s)[C::BN / 2], int row, int key,
                                               const fa_mod_block &m)
 {
-    fa_mod_scores<typename C::T, C::BN>(p, t, row, key, m, fa_bias_of<C>(sh), s);
+    fa_mod_scores<typename C::T, C::BN>(p, t, row, key, m, s);
     bool all = key >= row + 63 + t.lo_shift && key + C::BN <= min(t.k_len, row + t.hi_shift) && row + 64 <= t.q_len;
-    if (!all)
+    if (!__all_sync(0xffffffff, all))
         fa_hide_keys<C::BN, true>(s, row, key, t.k_len, t.lo_shift, t.hi_shift, t.q_len);
 }
 
 template <class C>
 __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
-                                               const fa_mod_tile &t, int row, int key, fa_mod_block &m)
+                                               fa_consumer<C> &c, const fa_mod_tile &t, int row, int key, bool fresh,
+                                               bool last, fa_mod_block &m)
 {
-    fa_mod_fetch<C::BN>(p, t, row, key, m, fa_bias_of<C>(sh));
+    int own = (threadIdx.x / FA_WARP - 4) * (16 * C::BN * 2); /* this warp's part */
+    m.mask = sh.mask[c.mask] + own;
+    fa_mod_fetch<C::BN>(p, t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
+    c.mask ^= 1;
 }
 
 template <class C>
@@ -380,7 +379,7 @@ __device__ __forceinline__ void fa_first_block(const P &p, fa_fwd_sm90_shared<C>
     fa_wgmma_fence();
     fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
     fa_wgmma_commit();
-    fa_fetch_block<C>(p, sh, t, row, key, m);
+    fa_fetch_block<C>(p, sh, c, t, row, key, true, last, m);
     fa_wgmma_wait<0>();
     fa_wgmma_hold(s);
     fa_release_keys(sh, c, last);
@@ -415,7 +414,7 @@ __device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_mod_params &p, f
     const fa_mod_tile &t = sh.tiles[place];
     const fa_fwd_sm90_view &v = p.plain.out;
     int row = t.row + 64 * c.warpgroup;
-    bool spoilt = p.plain.hides && fa_any_not_finite(o);
+    c.spoilt = c.spoilt || fa_any_not_finite(o);
     typename C::T *out = (typename C::T *)v.data + t.b * v.batch + t.h * v.head + t.q_row * v.row;
     float *lse = p.plain.lse + ((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row;
     fa_rows_out f = fa_mod_finish(p, t, r, row);
@@ -425,8 +424,6 @@ __device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_mod_params &p, f
     for (int i = 0; i < C::DV / 2; i++)
         o[i] = 0.f;
     __syncwarp();
-    if (__any_sync(0xffffffff, spoilt))
-        fa_mod_repair_rows<typename C::T, C::D, C::DV>(p, t, row + threadIdx.x / FA_WARP % 4 * 16);
     fa_release(&sh.tile_empty[place]);
 }
 
@@ -462,7 +459,7 @@ __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> 
     fa_turn_pass(c);
     fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
     fa_wgmma_commit();
-    fa_fetch_block<C>(p, sh, t, row, key, m);
+    fa_fetch_block<C>(p, sh, c, t, row, key, fresh, last, m);
     fa_wgmma_wait<1>();
     fa_wgmma_hold(s);
     fa_release_keys(sh, c, last);
@@ -565,7 +562,9 @@ __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_s
         fa_repair_tiles<C>(p, warpgroup);
 }
 
-/* The same over the tiles of the ring. */
+/* The same over the tiles of the ring. What is read from memory the assembler takes for different in each thread, and a
+ * vote for the same: with votes as conditions of all branches, loops end at once for all threads of a warp, and stages,
+ * addresses and descriptors stay in uniform registers. */
 template <class C>
 __device__ __forceinline__ void fa_consume_ring(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
                                                 int warpgroup)
@@ -576,16 +575,19 @@ __device__ __forceinline__ void fa_consume_ring(const fa_fwd_sm90_mod_params &p,
     fa_rows r;
     fa_ring ring;
     int done = -1; /* place of the tile before */
+    uint32_t last_unit;
     for (;; ring.next()) {
-        fa_mod_tile t = fa_uniform_tile(fa_next_tile(sh, ring));
-        if (t.block_hi < 0)
+        const fa_mod_tile &t = fa_next_tile(sh, ring);
+        last_unit = t.n;
+        if (__any_sync(0xffffffff, t.block_hi < 0))
             break;
-        for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
-            bool last = block == t.block_lo;
+        int block = t.block_hi - 1;
+        for (bool fresh = true, last = false; !last; fresh = false, block--) {
+            last = __any_sync(0xffffffff, block == t.block_lo);
             if (done < 0)
                 fa_first_block<C>(p, sh, c, t, block, last, s, w, r);
             else
-                fa_next_block<C>(p, sh, c, t, block, block == t.block_hi - 1, last, done, s, w, o, r);
+                fa_next_block<C>(p, sh, c, t, block, fresh, last, done, s, w, o, r);
             done = ring.index;
         }
     }
@@ -593,6 +595,8 @@ __device__ __forceinline__ void fa_consume_ring(const fa_fwd_sm90_mod_params &p,
         return;
     fa_last_product<C>(sh, c, w, o);
     fa_store_tile<C>(p, sh, c, done, o, r);
+    if (p.plain.hides && __any_sync(0xffffffff, c.spoilt))
+        fa_mod_repair_tiles<C>(p, last_unit, warpgroup);
 }
 
 /* ---- kernel ------------------------------------------------------------------------------------------------------ */

@@ -19,6 +19,7 @@
 struct fa_mod_block {
     uint32_t seen[2]; /* bool mask: bit fa_seen_bit(c, x) of seen[i] */
     uint32_t kept[2]; /* dropout: bit 8 (2 i + x) + 7 - c / 2 of kept[c % 2] */
+    char *mask;       /* the warp's part of the mask, in shared memory */
 };
 
 /* Where this thread's elements lie in a block. */
@@ -40,16 +41,6 @@ __device__ __forceinline__ int64_t fa_mask_row(const fa_fwd_sm90_mod_params &p, 
     return t.n * p.mask[0] + t.h * p.mask[1] + min(i, p.plain.SQ - 1) * p.mask[2];
 }
 
-__device__ __forceinline__ uint4 fa_load_vector(const void *from, bool inside)
-{
-    uint4 w = make_uint4(0, 0, 0, 0);
-    if (inside)
-        asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                     : "l"(from));
-    return w;
-}
-
 /* 16 bools as bits: a product moves one bit of each of 4 bytes, of two words at a time, into the highest byte. */
 __device__ __forceinline__ uint32_t fa_bools_to_bits(uint4 w)
 {
@@ -64,28 +55,37 @@ __device__ __forceinline__ constexpr int fa_seen_bit(int c, int x)
 }
 
 template <int BN>
-__device__ __forceinline__ void fa_fetch_seen(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
-                                              fa_mod_block &m)
+__device__ __forceinline__ void fa_copy_seen(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                             char *to)
 {
-    int lane = threadIdx.x % 4, first = at.column + 14 * lane; /* column - 2 lane + 16 lane */
+    int lane = threadIdx.x % FA_WARP, first = at.column + 14 * (lane % 4); /* column - 2 q + 16 q */
     const uint8_t *mask = (const uint8_t *)p.a.mask.data;
-    uint4 w[2][BN / 64];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const uint8_t *row = mask + fa_mask_row(p, t, at.row + 8 * i) + first;
 #pragma unroll
-        for (int v = 0; v < BN / 64; v++)
-            w[i][v] = fa_load_vector(row + 64 * v, first + 64 * v < p.plain.SK);
+        for (int v = 0; v < BN / 64; v++) {
+            bool inside = first + 64 * v < p.plain.SK;
+            ptx_cp_async(to + ((i * (BN / 64) + v) * FA_WARP + lane) * 16, inside ? row + 64 * v : mask,
+                         inside ? 16 : 0);
+        }
     }
+}
+
+template <int BN> __device__ __forceinline__ void fa_take_seen(fa_mod_block &m)
+{
+    int lane = threadIdx.x % FA_WARP, q = lane % 4;
+    const uint4 *own = (const uint4 *)m.mask + lane;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        uint32_t bits = fa_bools_to_bits(w[i][0]), more = BN == 128 ? fa_bools_to_bits(w[i][BN / 64 - 1]) : 0;
+        uint32_t bits = fa_bools_to_bits(own[i * (BN / 64) * FA_WARP]);
+        uint32_t more = BN == 128 ? fa_bools_to_bits(own[(i * (BN / 64) + BN / 64 - 1) * FA_WARP]) : 0;
         bits = __byte_perm(bits, more, 0x5410);
         m.seen[i] = 0;
 #pragma unroll
         for (int u = 0; u < 4; u++) {
             uint32_t other = __shfl_sync(0xffffffff, bits, u, 4);
-            m.seen[i] |= (other >> 2 * lane & 0x03030303u) << 2 * u;
+            m.seen[i] |= (other >> 2 * q & 0x03030303u) << 2 * u;
         }
     }
 }
@@ -135,12 +135,11 @@ __device__ __forceinline__ uint32_t fa_load_shared(uint32_t at)
 
 /* Lane q of a quad copies columns 8 q .. 8 q + 7 of every 32. */
 template <int BN>
-__device__ __forceinline__ void fa_fetch_bias(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
-                                              char *bias)
+__device__ __forceinline__ void fa_copy_bias(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                             char *bias)
 {
     int lane = threadIdx.x % 4, first = at.column + 6 * lane, own = threadIdx.x % FA_WARP / 4;
     const uint16_t *mask = (const uint16_t *)p.a.mask.data;
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const uint16_t *row = mask + fa_mask_row(p, t, at.row + 8 * i) + first;
@@ -151,7 +150,6 @@ __device__ __forceinline__ void fa_fetch_bias(const fa_fwd_sm90_mod_params &p, c
                          inside ? 16 : 0);
         }
     }
-    ptx_cp_async_commit();
 }
 
 /* The same of a mask with any strides. */
@@ -161,7 +159,6 @@ __device__ __forceinline__ void fa_fetch_bias_singly(const fa_fwd_sm90_mod_param
 {
     int own = threadIdx.x % FA_WARP / 4;
     const uint16_t *mask = (const uint16_t *)p.a.mask.data;
-    __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < 2; i++) {
         const uint16_t *row = mask + fa_mask_row(p, t, at.row + 8 * i);
@@ -172,6 +169,7 @@ __device__ __forceinline__ void fa_fetch_bias_singly(const fa_fwd_sm90_mod_param
             *(uint16_t *)to = row[column * p.mask[3]];
         }
     }
+    __syncwarp();
 }
 
 /* A float mask's value in units of log2; -inf hides, the least float does not. */
@@ -196,8 +194,6 @@ __device__ __forceinline__ void fa_add_bias(float (&s)[BN / 2], const char *bias
 {
     /* of pair (0, 0); pair (i, c) is where these bits are turned by c: fa_bias_place */
     uint32_t at = fa_shared_address(bias) + fa_bias_place<BN>(threadIdx.x % FA_WARP / 4, 0) + threadIdx.x % 4 * 4;
-    ptx_cp_async_wait<0>();
-    __syncwarp();
     uint32_t least = fa_pack<T>(0.f, 0.f);
 #pragma unroll
     for (int j = 0; j < BN / 4; j++) {
@@ -356,20 +352,38 @@ template <int BN> __device__ __forceinline__ void fa_drop(uint32_t (&w)[BN / 4],
 /* ---- a block, and the end of a tile ------------------------------------------------------------------------------ */
 
 template <int BN>
-__device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
-                                             fa_mod_block &m, char *bias)
+__device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+                                             char *to)
 {
     fa_mod_place at = fa_mod_place_of(row, key);
-    if (p.what & FA_MOD_BITS) {
-        if (p.what & FA_MOD_VECTORS)
-            fa_fetch_seen<BN>(p, t, at, m);
-        else
-            fa_fetch_seen_singly<BN>(p, t, at, m);
-    } else if (p.what & FA_MOD_BIAS) {
-        if (p.what & FA_MOD_VECTORS)
-            fa_fetch_bias<BN>(p, t, at, bias);
-        else if (!(p.what & FA_MOD_WIDE))
-            fa_fetch_bias_singly<BN>(p, t, at, bias);
+    if (p.what & FA_MOD_BITS)
+        fa_copy_seen<BN>(p, t, at, to);
+    else
+        fa_copy_bias<BN>(p, t, at, to);
+}
+
+/* The mask of the next block of the tile is on its way to `next` while this one's is used: it comes from far. */
+template <int BN>
+__device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+                                             bool fresh, bool last, fa_mod_block &m, char *next)
+{
+    fa_mod_place at = fa_mod_place_of(row, key);
+    if (p.what & FA_MOD_VECTORS) {
+        __syncwarp(); /* the mask that was at `next` is used up */
+        if (fresh)
+            fa_copy_mask<BN>(p, t, row, key, m.mask);
+        ptx_cp_async_commit();
+        if (!last)
+            fa_copy_mask<BN>(p, t, row, key - BN, next);
+        ptx_cp_async_commit();
+        ptx_cp_async_wait<1>();
+        __syncwarp();
+        if (p.what & FA_MOD_BITS)
+            fa_take_seen<BN>(m);
+    } else if (p.what & FA_MOD_BITS) {
+        fa_fetch_seen_singly<BN>(p, t, at, m);
+    } else if ((p.what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
+        fa_fetch_bias_singly<BN>(p, t, at, m.mask);
     }
     if (p.what & FA_MOD_DROPOUT)
         fa_fetch_kept<BN>(p, t, at, m);
@@ -377,7 +391,7 @@ __device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, co
 
 template <typename T, int BN>
 __device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
-                                              const fa_mod_block &m, const char *bias, float (&s)[BN / 2])
+                                              const fa_mod_block &m, float (&s)[BN / 2])
 {
     fa_mod_place at = fa_mod_place_of(row, key);
     float scale = p.scale; /* that is still to be applied */
@@ -389,7 +403,7 @@ __device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, c
         if (p.what & FA_MOD_WIDE)
             fa_add_wide_bias<BN>(s, p, t, at, scale);
         else
-            fa_add_bias<T, BN>(s, bias, scale);
+            fa_add_bias<T, BN>(s, m.mask, scale);
         scale = 1.f;
     }
     if (p.what & FA_MOD_ALIBI) {

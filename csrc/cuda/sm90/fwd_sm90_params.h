@@ -52,7 +52,8 @@ typedef struct fa_fwd_sm90_mod_params {
     uint32_t threshold;    /* random words below it drop */
     uint32_t keys[10][2];  /* of the rounds of Philox */
     int64_t mask[4];       /* strides of the mask in elements, 0 where it is broadcast */
-    uint32_t *next_unit;   /* counter of pieces of work where they are handed out one by one; NULL: in turn */
+    uint32_t *next_unit;   /* where pieces of work are handed out one by one: the next, then for each the one that its
+                              thread block had before it; NULL: in turn */
 } fa_fwd_sm90_mod_params;
 
 #endif

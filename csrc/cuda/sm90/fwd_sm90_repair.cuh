@@ -1,9 +1,9 @@
 /* Rows of the output that keys they do not see have spoilt.
  *
  * A hidden key of a block that is computed has weight 0, but 0 times a NaN or an infinity of its value is NaN. Blocks
- * are not searched for such values: a warp notes whether a result of its own was not finite, and only then it computes
- * those rows again, from their log-sum-exp (which no hidden key reaches) and the keys they see: behind its last tile or,
- * with all options, right behind their tile. */
+ * are not searched for such values: a warp notes whether a result of its own was not finite, and only then, behind
+ * its last tile, it computes those rows again, from their log-sum-exp (which no hidden key reaches) and the keys they
+ * see. */
 #ifndef FA_FWD_SM90_REPAIR_CUH
 #define FA_FWD_SM90_REPAIR_CUH
 
@@ -122,14 +122,11 @@ __device__ __forceinline__ void fa_mod_repair_row(const fa_fwd_sm90_mod_params &
         for (int d = lane; d < f.D; d += FA_WARP)
             product = fmaf(fa_widen(q[d]), fa_widen(k[d]), product);
         float x = fa_mod_score<T>(p, t, row, j, fa_warp_sum(product)), weight = fa_exp2(x - top);
-        if (x == -CUDART_INF_F)
-            continue;
         total += weight;
-        if (!fa_mod_keeps(p, t, row, j))
-            continue;
+        bool counts = x != -CUDART_INF_F && fa_mod_keeps(p, t, row, j);
 #pragma unroll
         for (int i = 0; i < DV / FA_WARP; i++)
-            if (lane + i * FA_WARP < f.DV)
+            if (counts && lane + i * FA_WARP < f.DV)
                 sum[i] = fmaf(weight, fa_widen(v[lane + i * FA_WARP]), sum[i]);
     }
     T *out = (T *)fa_row_of<T>(f.out, t.b, t.h, t.q_row + row);
@@ -139,15 +136,23 @@ __device__ __forceinline__ void fa_mod_repair_row(const fa_fwd_sm90_mod_params &
             out[lane + i * FA_WARP].bits = (uint16_t)fa_pack<T>(sum[i] * p.keep / total, 0.f);
 }
 
-/* A warp's 16 rows of a tile, right behind their store: tiles are not found twice. */
-template <typename T, int D, int DV>
-__device__ __forceinline__ void fa_mod_repair_rows(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int first)
+/* This warp's rows of all tiles of this thread block once more, from the last piece of work to the first. */
+template <class C>
+__device__ __forceinline__ void fa_mod_repair_tiles(const fa_fwd_sm90_mod_params &p, uint32_t unit, int warpgroup)
 {
-#pragma unroll 1
-    for (int row = first; row < min(first + 16, t.q_len); row++) {
-        float lse = p.plain.lse[((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row + row];
-        if (fa_row_is_spoilt<T, DV>(p.plain, t.b, t.h, t.q_row + row, lse))
-            fa_mod_repair_row<T, D, DV>(p, t, row, lse);
+    for (; unit != FA_NO_UNIT; unit = fa_unit_before(p, unit)) {
+        for (int part = 0; part < p.plain.parts; part++) {
+            fa_mod_tile t;
+            if (!fa_mod_tile_place<C::BM>(p, unit, part, &t))
+                continue;
+            fa_mod_tile_fill<C::BM, C::BN>(p, &t);
+            int first = t.row + 64 * warpgroup + threadIdx.x / FA_WARP % 4 * 16;
+            for (int row = first; row < min(first + 16, t.q_len); row++) {
+                float lse = p.plain.lse[((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row + row];
+                if (fa_row_is_spoilt<typename C::T, C::DV>(p.plain, t.b, t.h, t.q_row + row, lse))
+                    fa_mod_repair_row<typename C::T, C::D, C::DV>(p, t, row, lse);
+            }
+        }
     }
 }
 

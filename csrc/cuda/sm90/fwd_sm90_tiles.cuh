@@ -9,7 +9,8 @@
 #include "../tile/tile_seq.cuh"
 #include "fwd_sm90_params.h"
 
-/* One tile: rows row .. row + BM - 1 of a sequence. Behind the last comes one with block_hi = -1. */
+/* One tile: rows row .. row + BM - 1 of a sequence. Behind the last comes one with block_hi = -1, whose n is the last
+ * piece of work of the thread block. */
 struct fa_mod_tile {
     int32_t n, h, row;          /* sequence, query head, first query within the sequence */
     int32_t b, q_row, k_row;    /* batch index in the tensors, and where the sequence starts there */
@@ -22,9 +23,10 @@ struct fa_mod_tile {
 };
 
 enum { FA_TILES = 4 }; /* in the ring */
+#define FA_NO_UNIT 0xffffffffu
 
-template <int STAGES, int BIAS> struct fa_mod_shared {
-    alignas(1024) char bias[BIAS]; /* float mask of the block at hand: fwd_sm90_mod.cuh */
+template <int STAGES, int MASK> struct fa_mod_shared {
+    alignas(1024) char mask[2][MASK]; /* of the block at hand and of the next: fwd_sm90_mod.cuh */
     fa_mod_tile tiles[FA_TILES];
     uint64_t tile_full[FA_TILES], tile_empty[FA_TILES];
     uint64_t v_raw[STAGES]; /* V has landed, and rows behind the sequence are still to be cleared */
@@ -135,13 +137,15 @@ __device__ __forceinline__ void fa_find_tiles(const fa_fwd_sm90_mod_params &p, S
 {
     fa_ring ring;
     int lane = threadIdx.x % FA_WARP;
-    uint32_t unit = blockIdx.x;
+    uint32_t unit = blockIdx.x, before = FA_NO_UNIT;
     fa_mbar_wait(&s.tile_empty[0], 1);
-    for (;;) {
+    for (;; before = unit, unit += gridDim.x) {
         if (p.next_unit)
             unit = __shfl_sync(0xffffffff, lane == 0 ? atomicAdd(p.next_unit, 1) : 0, 0);
         if (unit >= (uint32_t)p.plain.units)
             break;
+        if (p.next_unit && lane == 0)
+            p.next_unit[1 + unit] = before;
         for (int part = 0; part < p.plain.parts; part++) {
             fa_mod_tile *t = &s.tiles[ring.index];
             if (!fa_mod_tile_at<C>(p, unit, part, t))
@@ -156,12 +160,20 @@ __device__ __forceinline__ void fa_find_tiles(const fa_fwd_sm90_mod_params &p, S
             ring.next();
             fa_mbar_wait(&s.tile_empty[ring.index], ring.parity ^ 1);
         }
-        unit += gridDim.x;
     }
     if (lane == 0) {
+        s.tiles[ring.index].n = (int32_t)before;
         s.tiles[ring.index].block_hi = -1;
         fa_mbar_arrive(&s.tile_full[ring.index]);
     }
+}
+
+/* The piece of work that the thread block had before. */
+__device__ __forceinline__ uint32_t fa_unit_before(const fa_fwd_sm90_mod_params &p, uint32_t unit)
+{
+    if (p.next_unit)
+        return p.next_unit[1 + unit];
+    return unit >= gridDim.x ? unit - gridDim.x : FA_NO_UNIT;
 }
 
 /* The next tile of the ring; its fields stay until it is released. */
@@ -169,18 +181,6 @@ template <class Shared> __device__ __forceinline__ const fa_mod_tile &fa_next_ti
 {
     fa_mbar_wait(&s.tile_full[ring.index], ring.parity);
     return s.tiles[ring.index];
-}
-
-/* A tile's fields by a reduction over the warp, which leaves them in uniform registers. */
-__device__ __forceinline__ fa_mod_tile fa_uniform_tile(const fa_mod_tile &from)
-{
-    fa_mod_tile t = from;
-    int32_t *const fields[] = {&t.n, &t.h, &t.row, &t.q_len, &t.k_len, &t.offset, &t.lo_shift, &t.hi_shift,
-                               &t.block_lo, &t.block_hi};
-#pragma unroll
-    for (int i = 0; i < 10; i++)
-        *fields[i] = __reduce_max_sync(0xffffffff, *fields[i]);
-    return t;
 }
 
 /* ---- the warp that clears rows of V ------------------------------------------------------------------------------ */
