@@ -11,7 +11,7 @@ from cases import FLOATS, OPTIONS, Case, build, upstream
 from compare import check_case, differentiate, ours
 from conftest import devices
 from flashattn_ext import _C
-from sequences import LSE, Packed
+from sequences import LSE, Packed, normal
 
 pytestmark = [pytest.mark.skipif("cuda" not in devices(), reason="needs a GPU and a build with CUDA"),
               pytest.mark.usefixtures("on_gpu")]
@@ -56,7 +56,8 @@ def test_every_family_is_right(arch, case, dtype):
     check_case(case.but(dtype=dtype))
 
 
-# What the kernels of sm_90 take: bf16 and fp16, rows of whole 16 bytes, causal and windows.
+# What the kernels of sm_90 take: bf16 and fp16, rows of whole 16 bytes. Masks of 320 keys are read in pieces of 16
+# bytes, those of 331 element by element.
 HOPPER = [
     Case(B=2, HQ=2, HK=2, SQ=300, SK=300, D=64),
     Case(B=1, HQ=4, HK=2, SQ=257, SK=390, D=128, options=("causal",)),
@@ -65,6 +66,18 @@ HOPPER = [
     Case(B=1, HQ=2, HK=2, SQ=1, SK=700, D=128),
     Case(B=1, HQ=2, HK=2, SQ=140, SK=270, D=192, DV=128, options=("causal",)),
     Case(B=1, HQ=2, HK=1, SQ=333, SK=257, D=256, options=("causal",)),
+    Case(B=3, HQ=2, HK=1, SQ=300, SK=390, D=64, options=("kv_lengths", "causal")),
+    Case(B=3, HQ=2, HK=2, SQ=200, SK=331, D=128, options=("kv_lengths64", "q_lengths", "lower_right", "sinks")),
+    Case(B=3, HQ=2, HK=2, SQ=200, SK=331, D=256, options=("kv_lengths", "q_lengths", "window")),
+    *(Case(B=2, HQ=4, HK=2, SQ=200, SK=SK, D=D, options=(option,)) for D, SK in ((64, 320), (128, 331), (256, 320))
+      for option in ("mask_full", "mask_2d", "mask_key", "mask_query", "bias_full", "bias_head", "bias_key", "bias_query",
+                     "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout", "scale_zero",
+                     "scale_negative")),
+    Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("mask_strided", "sinks_same", "causal")),
+    Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("bias_strided", "alibi", "window_left")),
+    Case(B=2, HQ=4, HK=2, SQ=300, SK=320, D=192, DV=128, options=("mask_key", "dropout", "softcap")),
+    Case(B=3, HQ=4, HK=2, SQ=190, SK=352, D=128, options=("bias_batch", "alibi_batch", "softcap", "sinks", "kv_lengths",
+                                                          "q_lengths", "window", "dropout", "scale")),
 ]
 
 
@@ -137,6 +150,25 @@ def test_a_wild_query_reaches_only_what_it_sees(D, kind):
     for got, want in zip(spoilt[1:], clean[1:]):
         assert torch.equal(got[:, :, at + 1:], want[:, :, at + 1:])
         assert not got[:, :, :at + 1].isfinite().all(-1).any()
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("D", (64, 128, 256))
+@pytest.mark.parametrize("arch", ("sm90",), indirect=True)
+def test_packed_rows_on_hopper_are_right(arch, D, dtype):
+    lens_q, lens_k = [150, 0, 1, 128, 65, 300, 7], [150, 40, 333, 128, 0, 290, 64]
+    for options in (dict(), dict(causal=True), dict(window=(70, 9), softcap=4.0),
+                    dict(causal=True, sinks=normal(4), alibi_slopes=torch.rand(4))):
+        Packed(lens_q, lens_k, dtype, D=D, past=3, **options).check()
+
+
+@on_hopper
+def test_options_have_kernels_of_their_own_on_hopper():
+    shape = (2, 4, 2, 300, 300, 128, 128)
+    for options in (dict(softcap=2.0), dict(dropout_p=0.1), dict(mask_dtype="bool"), dict(has_sinks=True)):
+        plan = _C.plan("forward", "bfloat16", *shape, threads=1, device=0, **options)
+        assert plan["kernel"] == "fa_fwd_sm90_bf16_hd128_mod"
 
 
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)

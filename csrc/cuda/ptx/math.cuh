@@ -92,4 +92,31 @@ __device__ __forceinline__ float fa_widen(fa_f16_t x)
     return y;
 }
 
+__device__ __forceinline__ float fa_widen(float x)
+{
+    return x;
+}
+
+/* The two numbers of a word; the lesser of two words' numbers, of which the first is not NaN. */
+template <typename T> __device__ __forceinline__ float2 fa_widen_pair(uint32_t w)
+{
+    return make_float2(fa_widen(T{(uint16_t)w}), fa_widen(T{(uint16_t)(w >> 16)}));
+}
+
+template <typename T> __device__ __forceinline__ uint32_t fa_min_pair(uint32_t a, uint32_t b);
+
+template <> __device__ __forceinline__ uint32_t fa_min_pair<fa_bf16_t>(uint32_t a, uint32_t b)
+{
+    uint32_t w;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+    return w;
+}
+
+template <> __device__ __forceinline__ uint32_t fa_min_pair<fa_f16_t>(uint32_t a, uint32_t b)
+{
+    uint32_t w;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+    return w;
+}
+
 #endif

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdio.h>
 
+#include "../../common/fa_philox.h"
 #include "fwd_sm90_instances.h"
 #include "fwd_sm90_params.h"
 
@@ -25,13 +26,33 @@ static bool readable(const fa_tensor *t)
     return ok;
 }
 
+/* Packed sequences, but no pages, no quantised keys, no tree masks and no parts of keys. */
+static bool is_packed_or_dense(const fa_args *a)
+{
+    if (!a->by_sequence)
+        return true;
+    return a->cu_q.data && a->cu_k.data && !a->page_size && !a->tree_mask.data && a->k.dtype == a->q.dtype &&
+           a->splits_wanted <= 1 && a->kv_appended == 0;
+}
+
 extern "C" bool fa_fwd_sm90_can(const fa_args *a)
 {
     bool type = a->q.dtype == FA_BF16 || a->q.dtype == FA_F16;
+    int64_t tiles = a->q.size[2] / 128 + 1 + (a->cu_q.data ? a->cu_q.size[0] : 0);
     bool sizes = a->q.size[3] <= 256 && a->v.size[3] <= 256 &&
-                 a->q.size[0] * a->q.size[1] <= FA_POSITION_BOUND / (a->q.size[2] / 128 + 1); /* tiles count in int32 */
-    return type && sizes && fa_sm90_is_plain(a) && a->scale > 0 && readable(&a->q) && readable(&a->k) && readable(&a->v) &&
+                 a->q.size[0] * a->q.size[1] <= FA_POSITION_BOUND / tiles; /* they are counted in int32 */
+    return type && sizes && is_packed_or_dense(a) && readable(&a->q) && readable(&a->k) && readable(&a->v) &&
            readable(&a->out);
+}
+
+static bool has_lengths(const fa_args *a)
+{
+    return a->q_seqlens.data || a->kv_seqlens.data || a->cu_q.data;
+}
+
+extern "C" bool fa_fwd_sm90_is_plain(const fa_args *a)
+{
+    return fa_sm90_is_plain(a) && a->scale > 0;
 }
 
 /* ---- launch ---------------------------------------------------------------------------------------------------- */
@@ -42,6 +63,7 @@ static fa_fwd_sm90_view view_of(const fa_tensor *t)
     return v;
 }
 
+/* processors: 0 where tiles are handed out one by one. */
 static void fill_sizes(fa_fwd_sm90_params *p, const fa_args *a, const fa_sm90_instance *f, int processors)
 {
     p->q = view_of(&a->q);
@@ -62,8 +84,68 @@ static void fill_sizes(fa_fwd_sm90_params *p, const fa_args *a, const fa_sm90_in
     p->scale_log2 = (float)(a->scale * 1.4426950408889634);
     p->tiles = (p->SQ + f->BM - 1) / f->BM;
     int64_t heads = a->q.size[0] * a->q.size[1], pairs = heads * ((p->tiles + 1) / 2);
-    p->parts = right && !left && pairs >= processors ? 2 : 1;
+    p->parts = right && !left && processors > 0 && pairs >= processors ? 2 : 1;
     p->units = (int32_t)(p->parts == 2 ? pairs : heads * p->tiles);
+}
+
+/* Rows of the mask by pieces of 16 bytes: all begin at one, and end with one. */
+static bool has_whole_pieces(const fa_tensor *m)
+{
+    int64_t size = (int64_t)fa_dtype_size(m->dtype);
+    bool ok = m->stride[3] == 1 && m->size[3] * size % 16 == 0 && (uintptr_t)m->data % 16 == 0;
+    for (int i = 0; i < 3; i++)
+        ok = ok && (m->size[i] == 1 || m->stride[i] * size % 16 == 0);
+    return ok;
+}
+
+static void fill_mask(fa_fwd_sm90_mod_params *p, const fa_tensor *m, int64_t keys)
+{
+    if (!m->data)
+        return;
+    p->what |= m->dtype == FA_BOOL ? FA_MOD_BITS : FA_MOD_BIAS;
+    p->what |= m->dtype == FA_F32 ? FA_MOD_WIDE : 0;
+    if (m->dtype != FA_F32 && m->size[3] == keys && has_whole_pieces(m))
+        p->what |= FA_MOD_VECTORS;
+    for (int i = 0; i < 4; i++)
+        p->mask[i] = m->size[i] > 1 ? m->stride[i] : 0;
+    p->heads_outside = m->size[0] == 1 && m->size[1] > 1;
+}
+
+static void fill_dropout(fa_fwd_sm90_mod_params *p, const fa_args *a)
+{
+    p->keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
+    if (a->dropout_p <= 0)
+        return;
+    p->what |= FA_MOD_DROPOUT;
+    p->threshold = fa_dropout_threshold(a->dropout_p < 1 ? a->dropout_p : 0);
+    for (uint32_t i = 0; i < FA_PHILOX_ROUNDS; i++) {
+        p->keys[i][0] = (uint32_t)a->dropout_seed + i * FA_PHILOX_W0;
+        p->keys[i][1] = (uint32_t)(a->dropout_seed >> 32) + i * FA_PHILOX_W1;
+    }
+}
+
+static void fill_mod(fa_fwd_sm90_mod_params *p, const fa_args *a, const fa_sm90_instance *f, int processors)
+{
+    const double log2e = 1.4426950408889634;
+    fa_args b = *a;
+    b.bottom_right = false; /* the kernel adds each sequence's own offset */
+    fill_sizes(&p->plain, &b, f, has_lengths(a) ? 0 : processors);
+    p->a = *a;
+    fill_mask(p, &a->mask, p->plain.SK);
+    fill_dropout(p, a);
+    p->cap = (float)(a->softcap * log2e);
+    p->scale = (float)(a->softcap > 0 ? a->scale / a->softcap : a->scale * log2e);
+    p->what |= a->softcap > 0 ? FA_MOD_CAP : 0;
+    p->what |= a->alibi.data ? FA_MOD_ALIBI : 0;
+    if (p->what & (FA_MOD_CAP | FA_MOD_ALIBI | FA_MOD_BIAS) || a->scale <= 0) {
+        p->what |= FA_MOD_SCALED;
+        p->plain.scale_log2 = 1;
+    }
+    p->plain.hides |= p->what & FA_MOD_BITS;
+    if (a->cu_q.data) {
+        p->plain.tiles = (int32_t)(a->q.size[2] / f->BM + a->cu_q.size[0]); /* fa_tile_slots */
+        p->plain.units = p->plain.tiles * p->plain.HQ;
+    }
 }
 
 /* Without keys, what is loaded for the one hidden block does not matter. */
@@ -76,22 +158,54 @@ static fa_status fill_maps(fa_fwd_sm90_params *p, const fa_args *a, const fa_sm9
     return fa_sm90_encode(f->name, maps, 3, err);
 }
 
-extern "C" fa_status fa_fwd_sm90_launch_instance(const fa_args *a, const fa_sm90_instance *f, cudaStream_t stream,
-                                                 fa_error *err)
+static fa_status start(const fa_sm90_instance *f, void *params, int units, int processors, cudaStream_t stream,
+                       fa_error *err)
+{
+    void *arguments[] = {params};
+    dim3 grid((unsigned)(units < processors ? units : processors)), block((unsigned)f->threads);
+    cudaError_t e = cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
+    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+}
+
+static fa_status launch_plain(const fa_args *a, const fa_sm90_instance *f, int processors, cudaStream_t stream,
+                              fa_error *err)
 {
     fa_fwd_sm90_params p = {};
+    fill_sizes(&p, a, f, processors);
+    fa_status status = fill_maps(&p, a, f, err);
+    return status ? status : start(f, &p, p.units, processors, stream, err);
+}
+
+static fa_status launch_mod(const fa_args *a, const fa_sm90_instance *f, int processors, void *workspace,
+                            cudaStream_t stream, fa_error *err)
+{
+    fa_fwd_sm90_mod_params p = {};
+    fill_mod(&p, a, f, processors);
+    fa_status status = fill_maps(&p.plain, a, f, err);
+    if (status == FA_OK && has_lengths(a)) {
+        p.next_unit = (uint32_t *)workspace;
+        cudaError_t e = cudaMemsetAsync(workspace, 0, sizeof *p.next_unit, stream);
+        status = e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+    }
+    return status ? status : start(f, &p, p.plain.units, processors, stream, err);
+}
+
+extern "C" size_t fa_fwd_sm90_workspace(const fa_args *a)
+{
+    const int64_t BM = 128, heads = a->q.size[0] * a->q.size[1];
+    int64_t tiles = a->cu_q.data ? a->q.size[2] / BM + a->cu_q.size[0] : (a->q.size[2] + BM - 1) / BM;
+    return has_lengths(a) ? (size_t)(1 + heads * tiles) * sizeof(uint32_t) : 0;
+}
+
+extern "C" fa_status fa_fwd_sm90_launch_instance(const fa_args *a, const fa_sm90_instance *f, void *workspace,
+                                                 cudaStream_t stream, fa_error *err)
+{
     int processors;
     fa_status status = fa_sm90_prepare(f, &processors, err);
     if (status != FA_OK || a->q.size[0] * a->q.size[1] * a->q.size[2] == 0)
         return status;
-    fill_sizes(&p, a, f, processors);
-    status = fill_maps(&p, a, f, err);
-    if (status != FA_OK)
-        return status;
-    void *arguments[] = {&p};
-    dim3 grid((unsigned)(p.units < processors ? p.units : processors)), block((unsigned)f->threads);
-    cudaError_t e = cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
-    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+    return fa_fwd_sm90_is_plain(a) ? launch_plain(a, f, processors, stream, err)
+                                   : launch_mod(a, f, processors, workspace, stream, err);
 }
 
 extern "C" const fa_sm90_instance *fa_fwd_sm90_instance_at(int i)
@@ -109,6 +223,11 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a)
 #define FA_PICK(name) (a->q.dtype == FA_BF16 ? &fa_fwd_sm90_bf16_##name : &fa_fwd_sm90_f16_##name)
     int64_t D = a->q.size[3], DV = a->v.size[3];
     bool band = a->window_left >= 0 || a->window_right >= 0;
+    if (!fa_fwd_sm90_is_plain(a))
+        return D <= 64 && DV <= 64     ? FA_PICK(hd64_mod)
+               : D <= 128 && DV <= 128 ? FA_PICK(hd128_mod)
+               : D <= 192 && DV <= 128 ? FA_PICK(hd192_dv128_mod)
+                                       : FA_PICK(hd256_mod);
     if (D <= 64 && DV <= 64)
         return band && a->q.size[2] <= 2048 ? FA_PICK(hd64_bm128) : FA_PICK(hd64);
     if (D <= 128 && DV <= 128)
@@ -119,6 +238,5 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a)
 
 extern "C" fa_status fa_fwd_sm90_launch(const fa_args *a, void *workspace, cudaStream_t stream, fa_error *err)
 {
-    (void)workspace;
-    return fa_fwd_sm90_launch_instance(a, fa_fwd_sm90_choose(a), stream, err);
+    return fa_fwd_sm90_launch_instance(a, fa_fwd_sm90_choose(a), workspace, stream, err);
 }

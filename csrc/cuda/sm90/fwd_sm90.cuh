@@ -16,25 +16,39 @@
 #include "../ptx/wgmma.cuh"
 #include "../tile/softmax.cuh"
 #include "../tile/store_rows.cuh"
+#include "fwd_sm90_mod.cuh"
 #include "fwd_sm90_params.h"
 #include "fwd_sm90_repair.cuh"
+#include "fwd_sm90_tiles.cuh"
 
 /* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
  * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
- * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. */
-template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_>
+ * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. MOD:
+ * all options, lengths and packed rows; else nothing but causal and windows. */
+template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_, bool MOD_>
 struct fa_fwd_sm90_config {
-    static constexpr bool BESIDE = BESIDE_;
+    static constexpr bool BESIDE = BESIDE_, MOD = MOD_;
     using T = T_;
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
     static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
     static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32;
     static constexpr int CONSUMER_REGISTERS = WGS == 2 ? 240 : 160;
+    static_assert(!MOD || WGS == 2, "registers");
+};
+
+/* What only the instances with MOD have. */
+template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
+    struct shared {};
+    using params = fa_fwd_sm90_params;
+};
+template <class C> struct fa_fwd_sm90_types<C, true> {
+    using shared = fa_mod_shared<C::STAGES, C::BM * C::BN * 2>;
+    using params = fa_fwd_sm90_mod_params;
 };
 
 /* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. Q: one block of 64 rows for each warpgroup. */
-template <class C> struct fa_fwd_sm90_shared {
+template <class C> struct fa_fwd_sm90_shared : fa_fwd_sm90_types<C>::shared {
     alignas(1024) typename C::T q[C::WGS][64 * C::D];
     alignas(1024) typename C::T k[C::STAGES][C::BN * C::D];
     alignas(1024) typename C::T v[C::STAGES][C::BN * C::DV];
@@ -45,9 +59,9 @@ template <class C> struct fa_fwd_sm90_shared {
 
 enum { FA_BAR_TURN = 1 }; /* named barriers FA_BAR_TURN + warpgroup */
 
-/* ---- work ------------------------------------------------------------------------------------------------------ */
+/* ---- work -------------------------------------------------------------------------------------------------------- */
 
-struct fa_tile {
+struct fa_query_tile {
     int b, h, row;          /* batch, query head, first query */
     int block_lo, block_hi; /* blocks of BN keys that some query sees; one, of hidden keys, where there is none */
 };
@@ -56,12 +70,12 @@ struct fa_tile {
  * second-level cache. Where later queries see more keys, a piece is two tiles of a head, the i-th from the end and then
  * the i-th: all pieces take the same time. Loops over units and parts have bounds that are the same for all threads;
  * only so does the assembler keep stages, addresses and descriptors in uniform registers. */
-template <class C> __device__ __forceinline__ fa_tile fa_tile_at(const fa_fwd_sm90_params &p, int unit, int part)
+template <class C> __device__ __forceinline__ fa_query_tile fa_tile_at(const fa_fwd_sm90_params &p, int unit, int part)
 {
     int pieces = (p.tiles + p.parts - 1) / p.parts;
     int low = unit % pieces, head = unit / pieces;
     bool alone = 2 * low + 1 == p.tiles; /* the middle tile has no partner: its part 1 lies behind the last query */
-    fa_tile t;
+    fa_query_tile t;
     t.b = head / p.HQ;
     t.h = head % p.HQ;
     t.row = (part == 0 ? p.tiles - 1 - low : alone ? p.tiles : low) * C::BM;
@@ -72,7 +86,7 @@ template <class C> __device__ __forceinline__ fa_tile fa_tile_at(const fa_fwd_sm
     return t;
 }
 
-/* ---- producer: one thread starts every copy -------------------------------------------------------------------- */
+/* ---- producer: one thread starts every copy ---------------------------------------------------------------------- */
 
 /* Block `i` of the copies of this kernel goes to stage i % STAGES, in its round i / STAGES. */
 template <class C> struct fa_stage {
@@ -97,37 +111,73 @@ __device__ __forceinline__ void fa_load_rows(T *to, const CUtensorMap *map, uint
         fa_tma_load_4d(to + c * ROWS, map, bar, c, first, head, batch);
 }
 
-template <class C>
-__device__ __forceinline__ void fa_load_queries(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+/* Rows of a tile's queries and keys in the tensors. */
+__device__ __forceinline__ int fa_query_row(const fa_query_tile &t)
+{
+    return t.row;
+}
+
+__device__ __forceinline__ int fa_query_row(const fa_mod_tile &t)
+{
+    return t.q_row + t.row;
+}
+
+__device__ __forceinline__ int fa_key_row(const fa_query_tile &)
+{
+    return 0;
+}
+
+__device__ __forceinline__ int fa_key_row(const fa_mod_tile &t)
+{
+    return t.k_row;
+}
+
+template <class C, class Tile>
+__device__ __forceinline__ void fa_load_queries(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
                                                 uint32_t &parity)
 {
 #pragma unroll
     for (int w = 0; w < C::WGS; w++) {
         fa_mbar_wait(&s.q_empty[w], parity ^ 1);
         fa_mbar_expect(&s.q_full[w], sizeof(s.q[w]));
-        fa_load_rows<64, C::D>(s.q[w], &p.q_map, &s.q_full[w], t.row + 64 * w, t.h * p.q_steps[0], t.b * p.q_steps[1]);
+        fa_load_rows<64, C::D>(s.q[w], &p.q_map, &s.q_full[w], fa_query_row(t) + 64 * w, t.h * p.q_steps[0],
+                             t.b * p.q_steps[1]);
     }
     parity ^= 1;
 }
 
-template <class C>
-__device__ __forceinline__ void fa_load_keys(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+template <class C, class Tile>
+__device__ __forceinline__ void fa_load_keys(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
                                              int block, fa_stage<C> &ks)
 {
     fa_mbar_wait(&s.k_empty[ks.index], ks.parity ^ 1);
     fa_mbar_expect(&s.k_full[ks.index], sizeof(s.k[0]));
-    fa_load_rows<C::BN, C::D>(s.k[ks.index], &p.k_map, &s.k_full[ks.index], block * C::BN, t.h / p.group * p.k_steps[0],
-                              t.b * p.k_steps[1]);
+    fa_load_rows<C::BN, C::D>(s.k[ks.index], &p.k_map, &s.k_full[ks.index], fa_key_row(t) + block * C::BN,
+                              t.h / p.group * p.k_steps[0], t.b * p.k_steps[1]);
     ks.next();
 }
 
+/* The barrier that V of a block is announced on. */
 template <class C>
-__device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const fa_tile &t,
+__device__ __forceinline__ uint64_t *fa_values_bar(fa_fwd_sm90_shared<C> &s, const fa_query_tile &, int, int stage)
+{
+    return &s.v_full[stage];
+}
+
+template <class C>
+__device__ __forceinline__ uint64_t *fa_values_bar(fa_fwd_sm90_shared<C> &s, const fa_mod_tile &t, int block, int stage)
+{
+    return t.tail < C::BN && block == t.block_hi - 1 ? &s.v_raw[stage] : &s.v_full[stage];
+}
+
+template <class C, class Tile>
+__device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
                                                int block, fa_stage<C> &vs)
 {
+    uint64_t *bar = fa_values_bar<C>(s, t, block, vs.index);
     fa_mbar_wait(&s.v_empty[vs.index], vs.parity ^ 1);
-    fa_mbar_expect(&s.v_full[vs.index], sizeof(s.v[0]));
-    fa_load_rows<C::BN, C::DV>(s.v[vs.index], &p.v_map, &s.v_full[vs.index], block * C::BN,
+    fa_mbar_expect(bar, sizeof(s.v[0]));
+    fa_load_rows<C::BN, C::DV>(s.v[vs.index], &p.v_map, bar, fa_key_row(t) + block * C::BN,
                                t.h / p.group * p.v_steps[0], t.b * p.v_steps[1]);
     vs.next();
 }
@@ -138,11 +188,11 @@ template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_
 {
     fa_stage<C> ks, vs;
     uint32_t q_parity = 0;
-    fa_tile before = {};
+    fa_query_tile before = {};
     int block_before = -1; /* there is none */
     for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
         for (int part = 0; part < p.parts; part++) {
-            fa_tile t = fa_tile_at<C>(p, unit, part);
+            fa_query_tile t = fa_tile_at<C>(p, unit, part);
             for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
                 fa_load_keys<C>(p, s, t, block, ks);
                 if (block_before >= 0)
@@ -157,7 +207,37 @@ template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_
     fa_load_values<C>(p, s, before, block_before, vs);
 }
 
-/* ---- consumers: 64 queries each -------------------------------------------------------------------------------- */
+/* The same over the tiles of the ring. */
+template <class C>
+__device__ __forceinline__ void fa_produce_ring(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
+{
+    fa_stage<C> ks, vs;
+    fa_ring ring;
+    uint32_t q_parity = 0;
+    int slot_before = -1, block_before = 0; /* there is none */
+    for (;; ring.next()) {
+        const fa_mod_tile &t = fa_next_tile(s, ring);
+        int hi = t.block_hi;
+        for (int block = hi - 1; hi >= 0 && block >= t.block_lo; block--) {
+            fa_load_keys<C>(p, s, t, block, ks);
+            if (slot_before >= 0)
+                fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
+            if (block == hi - 1) {
+                fa_load_queries<C>(p, s, t, q_parity);
+                if (slot_before >= 0)
+                    fa_mbar_arrive(&s.tile_empty[slot_before]);
+            }
+            slot_before = ring.index;
+            block_before = block;
+        }
+        if (hi < 0)
+            break;
+    }
+    if (slot_before >= 0)
+        fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
+}
+
+/* ---- consumers: 64 queries each ---------------------------------------------------------------------------------- */
 
 /* S (64, BN) = Q K^T */
 template <class C> __device__ __forceinline__ void fa_issue_qk(float (&s)[C::BN / 2], uint32_t q, uint32_t k)
@@ -185,6 +265,7 @@ template <class C> struct fa_consumer {
     uint32_t q_parity = 0;
     uint32_t q_desc, k_desc, v_desc; /* of stage 0 */
     bool spoilt = false;             /* this thread held a result that is not finite */
+    int mask = 0;                    /* which of the two places holds the mask of the block at hand */
 };
 
 /* One of every warp says that its warp is done. */
@@ -218,11 +299,60 @@ template <class C> __device__ __forceinline__ void fa_turn_pass(const fa_consume
 
 /* Hides keys in one block of scores, if any is hidden from any of these 64 queries. */
 template <class C>
-__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_params &p, float (&s)[C::BN / 2], int row, int key)
+__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &,
+                                              const fa_query_tile &, float (&s)[C::BN / 2], int row, int key,
+                                              const fa_mod_block &)
 {
     bool all = key >= row + 63 + p.lo_shift && key + C::BN <= min(p.SK, row + p.hi_shift);
     if (!all)
         fa_hide_keys<C::BN>(s, row, key, p.SK, p.lo_shift, p.hi_shift);
+}
+
+/* What a block needs besides its scores, while they are computed. */
+template <class C>
+__device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_params &, fa_fwd_sm90_shared<C> &, fa_consumer<C> &,
+                                               const fa_query_tile &, int, int, bool, bool, fa_mod_block &)
+{
+}
+
+/* Weights of the block's scores. */
+template <class C>
+__device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_params &p, const float (&s)[C::BN / 2],
+                                               uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &)
+{
+    fa_softmax_block<typename C::T, C::BN>(s, w, r, p.scale_log2);
+}
+
+/* The same three with all options. Rows that are no queries see nothing, so that nothing depends on what they hold. */
+template <class C>
+__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
+                                              const fa_mod_tile &t, float (&s)[C::BN / 2], int row, int key,
+                                              const fa_mod_block &m)
+{
+    fa_mod_scores<typename C::T, C::BN>(p, t, row, key, m, s);
+    bool all = key >= row + 63 + t.lo_shift && key + C::BN <= min(t.k_len, row + t.hi_shift) && row + 64 <= t.q_len;
+    if (!__all_sync(0xffffffff, all))
+        fa_hide_keys<C::BN, true>(s, row, key, t.k_len, t.lo_shift, t.hi_shift, t.q_len);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
+                                               fa_consumer<C> &c, const fa_mod_tile &t, int row, int key, bool fresh,
+                                               bool last, fa_mod_block &m)
+{
+    int own = (threadIdx.x / FA_WARP - 4) * (16 * C::BN * 2); /* this warp's part */
+    m.mask = sh.mask[c.mask] + own;
+    fa_mod_fetch<C::BN>(p, t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
+    c.mask ^= 1;
+}
+
+template <class C>
+__device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, const float (&s)[C::BN / 2],
+                                               uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &m)
+{
+    fa_softmax_block<typename C::T, C::BN>(s, w, r, p.plain.scale_log2);
+    if (p.what & FA_MOD_DROPOUT)
+        fa_drop<C::BN>(w, m);
 }
 
 template <class C> __device__ __forceinline__ uint32_t fa_k_at(const fa_consumer<C> &c)
@@ -236,30 +366,32 @@ template <class C> __device__ __forceinline__ uint32_t fa_v_at(const fa_consumer
 }
 
 /* The first block of all: there is no product with V to overlap with. */
-template <class C>
-__device__ __forceinline__ void fa_first_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh,
-                                               fa_consumer<C> &c, const fa_tile &t, float (&s)[C::BN / 2],
-                                               uint32_t (&w)[C::BN / 4], fa_rows &r)
+template <class C, class P, class Tile>
+__device__ __forceinline__ void fa_first_block(const P &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, const Tile &t,
+                                               int block, bool last, float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4],
+                                               fa_rows &r)
 {
-    int block = t.block_hi - 1;
+    int row = t.row + 64 * c.warpgroup, key = block * C::BN;
+    fa_mod_block m;
     fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     fa_wgmma_hold(s);
     fa_wgmma_fence();
     fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
     fa_wgmma_commit();
+    fa_fetch_block<C>(p, sh, c, t, row, key, true, last, m);
     fa_wgmma_wait<0>();
     fa_wgmma_hold(s);
-    fa_release_keys(sh, c, block == t.block_lo);
-    fa_mask_block<C>(p, s, t.row + 64 * c.warpgroup, block * C::BN);
+    fa_release_keys(sh, c, last);
+    fa_mask_block<C>(p, sh, t, s, row, key, m);
     fa_rows_start(r);
-    fa_softmax_block<typename C::T, C::BN>(s, w, r, p.scale_log2);
+    fa_weigh_block<C>(p, s, w, r, m);
 }
 
 /* Rows of a tile that is done; O is zero for the next. */
 template <class C>
-__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, fa_consumer<C> &c, const fa_tile &t,
-                                              float (&o)[C::DV / 2], const fa_rows &r)
+__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &, fa_consumer<C> &c,
+                                              const fa_query_tile &t, float (&o)[C::DV / 2], const fa_rows &r)
 {
     int row = t.row + 64 * c.warpgroup;
     c.spoilt = c.spoilt || fa_any_not_finite(o);
@@ -273,20 +405,44 @@ __device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_params &p, fa_co
         o[i] = 0.f;
 }
 
+/* The same of a tile of the ring, whose place is then free. */
+template <class C>
+__device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
+                                              fa_consumer<C> &c, int place, float (&o)[C::DV / 2],
+                                              const fa_rows &r)
+{
+    const fa_mod_tile &t = sh.tiles[place];
+    const fa_fwd_sm90_view &v = p.plain.out;
+    int row = t.row + 64 * c.warpgroup;
+    c.spoilt = c.spoilt || fa_any_not_finite(o);
+    typename C::T *out = (typename C::T *)v.data + t.b * v.batch + t.h * v.head + t.q_row * v.row;
+    float *lse = p.plain.lse + ((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row;
+    fa_rows_out f = fa_mod_finish(p, t, r, row);
+    fa_store_lse(lse, f, row, t.q_rows);
+    fa_store_rows<typename C::T, C::DV>(out, v.row, o, f, row, t.q_rows, p.plain.DV);
+#pragma unroll
+    for (int i = 0; i < C::DV / 2; i++)
+        o[i] = 0.f;
+    __syncwarp();
+    fa_release(&sh.tile_empty[place]);
+}
+
 /* Every further block, of the same tile or the first of the next, `done` being the tile of the block before. Time runs
  * downwards; the other warpgroup does the same half a step later:
  *
  *   tensor cores          this warpgroup
- *   S j   = Q K_j^T       wait for K j and for its turn; issue S j and O; pass the turn
+ *   S j   = Q K_j^T       wait for K j and for its turn; issue S j and O; pass the turn; fetch its mask
  *   O    += P_j+1 V_j+1   wait for S j; mask, maximum, exp2, row sums of S j
  *   (other warpgroup)     wait for O; round P_j; scale O where a maximum grew, or store O of the tile that is done
  */
-template <class C>
-__device__ __forceinline__ void fa_next_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c,
-                                              const fa_tile &t, int block, const fa_tile &done, float (&s)[C::BN / 2],
-                                              uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2], fa_rows &r)
+template <class C, class P, class Tile, class Done>
+__device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, const Tile &t,
+                                              int block, bool fresh, bool last, const Done &done,
+                                              float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2],
+                                              fa_rows &r)
 {
-    bool fresh = block == t.block_hi - 1;
+    int row = t.row + 64 * c.warpgroup, key = block * C::BN;
+    fa_mod_block m;
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     if (fresh)
         fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
@@ -303,16 +459,17 @@ __device__ __forceinline__ void fa_next_block(const fa_fwd_sm90_params &p, fa_fw
     fa_turn_pass(c);
     fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
     fa_wgmma_commit();
+    fa_fetch_block<C>(p, sh, c, t, row, key, fresh, last, m);
     fa_wgmma_wait<1>();
     fa_wgmma_hold(s);
-    fa_release_keys(sh, c, block == t.block_lo);
-    fa_mask_block<C>(p, s, t.row + 64 * c.warpgroup, block * C::BN);
+    fa_release_keys(sh, c, last);
+    fa_mask_block<C>(p, sh, t, s, row, key, m);
     fa_rows old = r;
     if (fresh)
         fa_rows_start(r);
     uint32_t w_next[C::BN / 4];
     if (C::BESIDE) {
-        fa_softmax_block<typename C::T, C::BN>(s, w_next, r, p.scale_log2);
+        fa_weigh_block<C>(p, s, w_next, r, m);
         fa_wgmma_hold(w_next);
     }
     fa_wgmma_wait<0>();
@@ -321,12 +478,12 @@ __device__ __forceinline__ void fa_next_block(const fa_fwd_sm90_params &p, fa_fw
     fa_release(&sh.v_empty[c.vs.index]);
     c.vs.next();
     if (!C::BESIDE)
-        fa_softmax_block<typename C::T, C::BN>(s, w_next, r, p.scale_log2);
+        fa_weigh_block<C>(p, s, w_next, r, m);
 #pragma unroll
     for (int i = 0; i < C::BN / 4; i++)
         w[i] = w_next[i];
     if (fresh)
-        fa_store_tile<C>(p, c, done, o, old);
+        fa_store_tile<C>(p, sh, c, done, o, old);
     else
         fa_rescale_rows<C::DV>(o, r);
 }
@@ -350,7 +507,7 @@ template <class C> __device__ void fa_repair_tiles(const fa_fwd_sm90_params &p, 
 {
     for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
         for (int part = 0; part < p.parts; part++) {
-            fa_tile t = fa_tile_at<C>(p, unit, part);
+            fa_query_tile t = fa_tile_at<C>(p, unit, part);
             int first = t.row + 64 * warpgroup + threadIdx.x / FA_WARP % 4 * 16;
             for (int row = first; row < min(first + 16, p.SQ); row++) {
                 float lse = p.lse[((int64_t)t.b * p.HQ + t.h) * p.SQ + row];
@@ -361,9 +518,8 @@ template <class C> __device__ void fa_repair_tiles(const fa_fwd_sm90_params &p, 
     }
 }
 
-/* All blocks of all tiles of this thread block are one pipeline: a tile ends while scores of the next are computed. */
 template <class C>
-__device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, int warpgroup)
+__device__ __forceinline__ fa_consumer<C> fa_consumer_of(fa_fwd_sm90_shared<C> &sh, int warpgroup)
 {
     fa_consumer<C> c;
     c.warpgroup = warpgroup;
@@ -372,32 +528,78 @@ __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_s
     c.v_desc = fa_wgmma_descriptor(sh.v[0], C::BN * 128);
     if (warpgroup == C::WGS - 1)
         fa_turn_pass(c); /* the first turn is warpgroup 0's */
+    return c;
+}
+
+/* All blocks of all tiles of this thread block are one pipeline: a tile ends while scores of the next are computed. */
+template <class C>
+__device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &sh, int warpgroup)
+{
+    fa_consumer<C> c = fa_consumer_of<C>(sh, warpgroup);
     float s[C::BN / 2], o[C::DV / 2] = {};
     uint32_t w[C::BN / 4];
     fa_rows r;
-    fa_tile done = {};
+    fa_query_tile done = {};
     bool first = true;
     for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
         for (int part = 0; part < p.parts; part++) {
-            fa_tile t = fa_tile_at<C>(p, unit, part);
+            fa_query_tile t = fa_tile_at<C>(p, unit, part);
             for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
+                bool last = block == t.block_lo;
                 if (first)
-                    fa_first_block<C>(p, sh, c, t, s, w, r);
+                    fa_first_block<C>(p, sh, c, t, block, last, s, w, r);
                 else
-                    fa_next_block<C>(p, sh, c, t, block, done, s, w, o, r);
+                    fa_next_block<C>(p, sh, c, t, block, block == t.block_hi - 1, last, done, s, w, o, r);
                 first = false;
             }
             done = t;
         }
     }
     fa_last_product<C>(sh, c, w, o);
-    fa_store_tile<C>(p, c, done, o, r);
+    fa_store_tile<C>(p, sh, c, done, o, r);
     __syncwarp();
     if (p.hides && __any_sync(0xffffffff, c.spoilt))
         fa_repair_tiles<C>(p, warpgroup);
 }
 
-/* ---- kernel ---------------------------------------------------------------------------------------------------- */
+/* The same over the tiles of the ring. What is read from memory the assembler takes for different in each thread, and a
+ * vote for the same: with votes as conditions of all branches, loops end at once for all threads of a warp, and stages,
+ * addresses and descriptors stay in uniform registers. */
+template <class C>
+__device__ __forceinline__ void fa_consume_ring(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
+                                                int warpgroup)
+{
+    fa_consumer<C> c = fa_consumer_of<C>(sh, warpgroup);
+    float s[C::BN / 2], o[C::DV / 2] = {};
+    uint32_t w[C::BN / 4];
+    fa_rows r;
+    fa_ring ring;
+    int done = -1; /* place of the tile before */
+    uint32_t last_unit;
+    for (;; ring.next()) {
+        const fa_mod_tile &t = fa_next_tile(sh, ring);
+        last_unit = t.n;
+        if (__any_sync(0xffffffff, t.block_hi < 0))
+            break;
+        int block = t.block_hi - 1;
+        for (bool fresh = true, last = false; !last; fresh = false, block--) {
+            last = __any_sync(0xffffffff, block == t.block_lo);
+            if (done < 0)
+                fa_first_block<C>(p, sh, c, t, block, last, s, w, r);
+            else
+                fa_next_block<C>(p, sh, c, t, block, fresh, last, done, s, w, o, r);
+            done = ring.index;
+        }
+    }
+    if (done < 0)
+        return;
+    fa_last_product<C>(sh, c, w, o);
+    fa_store_tile<C>(p, sh, c, done, o, r);
+    if (p.plain.hides && __any_sync(0xffffffff, c.spoilt))
+        fa_mod_repair_tiles<C>(p, last_unit, warpgroup);
+}
+
+/* ---- kernel ------------------------------------------------------------------------------------------------------ */
 
 template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_shared<C> &s)
 {
@@ -414,30 +616,69 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_
         fa_mbar_init(&s.k_empty[i], consumers);
         fa_mbar_init(&s.v_empty[i], consumers);
     }
+    if constexpr (C::MOD) {
+        for (int i = 0; i < FA_TILES; i++) {
+            fa_mbar_init(&s.tile_full[i], 1);
+            fa_mbar_init(&s.tile_empty[i], consumers + 2); /* and the two warps that load and that clear */
+        }
+        for (int i = 0; i < C::STAGES; i++)
+            fa_mbar_init(&s.v_raw[i], 1);
+    }
     fa_mbar_fence_init();
+}
+
+/* The work of the warpgroup that loads. */
+template <class C> __device__ __forceinline__ void fa_supply(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
+{
+    if (threadIdx.x == 0)
+        fa_produce<C>(p, s);
+}
+
+template <class C> __device__ __forceinline__ void fa_supply(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &s)
+{
+    int warp = __shfl_sync(0xffffffff, threadIdx.x / FA_WARP, 0);
+    if (threadIdx.x == 0)
+        fa_produce_ring<C>(p.plain, s);
+    else if (warp == 1)
+        fa_find_tiles<C>(p, s);
+    else if (warp == 2)
+        fa_clear_tails<C>(s);
+}
+
+__device__ __forceinline__ const fa_fwd_sm90_params &fa_plain_of(const fa_fwd_sm90_params &p)
+{
+    return p;
+}
+
+__device__ __forceinline__ const fa_fwd_sm90_params &fa_plain_of(const fa_fwd_sm90_mod_params &p)
+{
+    return p.plain;
 }
 
 /* Persistent: at most one block for each multiprocessor. Warpgroup 0 loads, the others compute. */
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) fa_fwd_sm90_kernel(const __grid_constant__ fa_fwd_sm90_params p)
+__global__ void __launch_bounds__(C::THREADS, 1)
+    fa_fwd_sm90_kernel(const __grid_constant__ typename fa_fwd_sm90_types<C>::params p)
 {
     extern __shared__ __align__(1024) unsigned char raw[];
     fa_fwd_sm90_shared<C> &s = *(fa_fwd_sm90_shared<C> *)raw;
     int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / FA_WARPGROUP, 0);
     if (threadIdx.x == 0) {
-        fa_tma_prefetch_map(&p.q_map);
-        fa_tma_prefetch_map(&p.k_map);
-        fa_tma_prefetch_map(&p.v_map);
+        fa_tma_prefetch_map(&fa_plain_of(p).q_map);
+        fa_tma_prefetch_map(&fa_plain_of(p).k_map);
+        fa_tma_prefetch_map(&fa_plain_of(p).v_map);
         fa_init_barriers(s);
     }
     __syncthreads();
     if (warpgroup == 0) {
         fa_registers_shrink<C::PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0)
-            fa_produce<C>(p, s);
+        fa_supply<C>(p, s);
     } else {
         fa_registers_grow<C::CONSUMER_REGISTERS>();
-        fa_consume<C>(p, s, warpgroup - 1);
+        if constexpr (C::MOD)
+            fa_consume_ring<C>(p, s, warpgroup - 1);
+        else
+            fa_consume<C>(p, s, warpgroup - 1);
     }
 }
 

@@ -5,6 +5,8 @@
 #include <cuda.h>
 #include <stdint.h>
 
+#include "../../fa.h"
+
 typedef struct fa_fwd_sm90_view {
     const void *data;
     int64_t batch, head, row; /* strides in elements; the last is 1 */
@@ -20,10 +22,38 @@ typedef struct fa_fwd_sm90_params {
     int32_t B, HQ, group, SQ, SK, D, DV;
     int32_t lo_shift, hi_shift;
     int32_t hides;                   /* some query may not see some key */
-    float scale_log2;                /* scale * log2 e > 0 */
+    float scale_log2;                /* from what the softmax is given to units of log2: scale * log2 e > 0 */
     int32_t tiles;                   /* blocks of BM queries in a head */
     int32_t parts;                   /* 2: a piece of work is a long tile and a short one; 1: one tile */
     int32_t units;                   /* pieces of work of all heads */
 } fa_fwd_sm90_params;
+
+/* What a call does to its scores and weights besides causal and windows. */
+enum {
+    FA_MOD_BITS = 1,     /* bool mask */
+    FA_MOD_BIAS = 2,     /* float mask */
+    FA_MOD_VECTORS = 4,  /* rows of the mask can be read 16 bytes at a time, and it is not of float32 */
+    FA_MOD_CAP = 8,
+    FA_MOD_ALIBI = 16,
+    FA_MOD_DROPOUT = 32,
+    FA_MOD_WIDE = 128,   /* the mask is of float32 */
+    FA_MOD_SCALED = 64,  /* scores come to units of log2 before the softmax; scale_log2 is then 1 */
+};
+
+/* Of the instances that take everything. */
+typedef struct fa_fwd_sm90_mod_params {
+    fa_fwd_sm90_params plain;
+    fa_args a;             /* for lengths, packed rows and what is read once for a tile */
+    int32_t what;          /* FA_MOD_* */
+    int32_t heads_outside; /* heads are the outer loop over tiles, batches the inner: they share a mask */
+    float scale;           /* of Q K^T: by softcap if there is one, else into units of log2 */
+    float cap;             /* softcap in units of log2 */
+    float keep;            /* what dropout multiplies kept weights by */
+    uint32_t threshold;    /* random words below it drop */
+    uint32_t keys[10][2];  /* of the rounds of Philox */
+    int64_t mask[4];       /* strides of the mask in elements, 0 where it is broadcast */
+    uint32_t *next_unit;   /* where pieces of work are handed out one by one: the next, then for each the one that its
+                              thread block had before it; NULL: in turn */
+} fa_fwd_sm90_mod_params;
 
 #endif

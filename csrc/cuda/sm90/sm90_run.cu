@@ -1,5 +1,6 @@
 /* The families of Hopper's own kernels. */
 #include "../cuda.h"
+#include "../tile/tile_seq.cuh"
 #include "bwd_sm90.h"
 #include "fwd_sm90.h"
 
@@ -47,8 +48,11 @@ static void plan_forward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
     plan_instance(a, fa_fwd_sm90_choose(a), p);
-    p->tasks = p->panels * a->q.size[0] * a->q.size[1];
-    p->why = "a plain call on Hopper: wgmma, K and V by the copy engine, warps with roles of their own";
+    p->tasks = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], p->block_rows) * a->q.size[1];
+    p->shared_bytes = fa_fwd_sm90_workspace(a);
+    p->why = fa_fwd_sm90_is_plain(a)
+                 ? "a plain call on Hopper: wgmma, K and V by the copy engine, warps with roles of their own"
+                 : "Hopper: wgmma, K and V by the copy engine; masks are fetched beside the products";
 }
 
 static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,

@@ -1,0 +1,448 @@
+/* What the instances with all options do to a block of scores, in the accumulator layout of wgmma: softcap, float mask,
+ * ALiBi, bool mask, and which weights dropout keeps; in this order (docs of the operator: csrc/fa.h).
+ *
+ * What comes from memory or costs time and does not depend on the scores is fetched while their product runs. */
+#ifndef FA_FWD_SM90_MOD_CUH
+#define FA_FWD_SM90_MOD_CUH
+
+#include <float.h>
+
+#include "../../common/fa_philox.h"
+#include "../ptx/ptx_sm80.cuh"
+#include "../tile/softmax.cuh"
+#include "../tile/store_rows.cuh"
+#include "fwd_sm90_tiles.cuh"
+
+#define FA_LOG2E 1.4426950408889634f
+
+/* Of one thread. An element is named by i, its row (first + 8 i), c, its group of 8 columns, and x, one of two. */
+struct fa_mod_block {
+    uint32_t seen[2]; /* bool mask: bit fa_seen_bit(c, x) of seen[i] */
+    uint32_t kept[2]; /* dropout: bit 8 (2 i + x) + 7 - c / 2 of kept[c % 2] */
+    char *mask;       /* the warp's part of the mask, in shared memory */
+};
+
+/* Where this thread's elements lie in a block. */
+struct fa_mod_place {
+    int row, column; /* of element (0, 0, 0), within the sequence */
+};
+
+__device__ __forceinline__ fa_mod_place fa_mod_place_of(int row, int key)
+{
+    int lane = threadIdx.x % FA_WARP, warp = threadIdx.x / FA_WARP % 4;
+    return {row + 16 * warp + lane / 4, key + 2 * (lane % 4)};
+}
+
+/* ---- masks ------------------------------------------------------------------------------------------------------- */
+
+/* First element of the mask's row i. Rows behind the last are read as the last. */
+__device__ __forceinline__ int64_t fa_mask_row(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int i)
+{
+    return t.n * p.mask[0] + t.h * p.mask[1] + min(i, p.plain.SQ - 1) * p.mask[2];
+}
+
+/* 16 bools as bits: a product moves one bit of each of 4 bytes, of two words at a time, into the highest byte. */
+__device__ __forceinline__ uint32_t fa_bools_to_bits(uint4 w)
+{
+    return __byte_perm((w.x + 16 * w.y) * 0x01020408u, (w.z + 16 * w.w) * 0x01020408u, 0x0073);
+}
+
+/* Lane q of a quad reads columns 16 q .. 16 q + 15 of every 64, so that a quad reads whole rows; then each takes its
+ * columns of all four lanes' words. */
+__device__ __forceinline__ constexpr int fa_seen_bit(int c, int x)
+{
+    return c / 8 * 16 + c % 2 * 8 + c % 8 / 2 * 2 + x;
+}
+
+template <int BN>
+__device__ __forceinline__ void fa_copy_seen(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                             char *to)
+{
+    int lane = threadIdx.x % FA_WARP, first = at.column + 14 * (lane % 4); /* column - 2 q + 16 q */
+    const uint8_t *mask = (const uint8_t *)p.a.mask.data;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *row = mask + fa_mask_row(p, t, at.row + 8 * i) + first;
+#pragma unroll
+        for (int v = 0; v < BN / 64; v++) {
+            bool inside = first + 64 * v < p.plain.SK;
+            ptx_cp_async(to + ((i * (BN / 64) + v) * FA_WARP + lane) * 16, inside ? row + 64 * v : mask,
+                         inside ? 16 : 0);
+        }
+    }
+}
+
+template <int BN> __device__ __forceinline__ void fa_take_seen(fa_mod_block &m)
+{
+    int lane = threadIdx.x % FA_WARP, q = lane % 4;
+    const uint4 *own = (const uint4 *)m.mask + lane;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t bits = fa_bools_to_bits(own[i * (BN / 64) * FA_WARP]);
+        uint32_t more = BN == 128 ? fa_bools_to_bits(own[(i * (BN / 64) + BN / 64 - 1) * FA_WARP]) : 0;
+        bits = __byte_perm(bits, more, 0x5410);
+        m.seen[i] = 0;
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            uint32_t other = __shfl_sync(0xffffffff, bits, u, 4);
+            m.seen[i] |= (other >> 2 * q & 0x03030303u) << 2 * u;
+        }
+    }
+}
+
+/* The same of a mask with any strides. */
+template <int BN>
+__device__ __forceinline__ void fa_fetch_seen_singly(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t,
+                                                     fa_mod_place at, fa_mod_block &m)
+{
+    const uint8_t *mask = (const uint8_t *)p.a.mask.data;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *row = mask + fa_mask_row(p, t, at.row + 8 * i);
+        m.seen[i] = 0;
+#pragma unroll 4
+        for (int e = 0; e < BN / 4; e++) {
+            int column = at.column + e / 2 * 8 + e % 2;
+            uint32_t seen = row[min(column, p.plain.SK - 1) * p.mask[3]] != 0;
+            m.seen[i] |= seen << fa_seen_bit(e / 2, e % 2);
+        }
+    }
+}
+
+template <int BN> __device__ __forceinline__ void fa_hide_unseen(float (&s)[BN / 2], const fa_mod_block &m)
+{
+    const uint32_t full = BN == 128 ? 0xffffffffu : 0xffffu;
+    if (__all_sync(0xffffffff, (m.seen[0] & m.seen[1]) == full))
+        return;
+#pragma unroll
+    for (int e = 0; e < BN / 2; e++)
+        s[e] = m.seen[e / 2 % 2] >> fa_seen_bit(e / 4, e % 2) & 1 ? s[e] : -CUDART_INF_F;
+}
+
+/* A float mask of 16 bits waits in shared memory: 16 rows of a warp, which no other warp reads, in pieces of 16 bytes
+ * whose place is turned by the row, so that neither side has conflicts. */
+template <int BN> __device__ __forceinline__ uint32_t fa_bias_place(int row, int piece)
+{
+    return row * (BN * 2) + (piece ^ row % 8) * 16;
+}
+
+__device__ __forceinline__ uint32_t fa_load_shared(uint32_t at)
+{
+    uint32_t w;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(w) : "r"(at) : "memory");
+    return w;
+}
+
+/* Lane q of a quad copies columns 8 q .. 8 q + 7 of every 32. */
+template <int BN>
+__device__ __forceinline__ void fa_copy_bias(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                             char *bias)
+{
+    int lane = threadIdx.x % 4, first = at.column + 6 * lane, own = threadIdx.x % FA_WARP / 4;
+    const uint16_t *mask = (const uint16_t *)p.a.mask.data;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint16_t *row = mask + fa_mask_row(p, t, at.row + 8 * i) + first;
+#pragma unroll
+        for (int v = 0; v < BN / 32; v++) {
+            bool inside = first + 32 * v < p.plain.SK;
+            ptx_cp_async(bias + fa_bias_place<BN>(own + 8 * i, 4 * v + lane), inside ? row + 32 * v : mask,
+                         inside ? 16 : 0);
+        }
+    }
+}
+
+/* The same of a mask with any strides. */
+template <int BN>
+__device__ __forceinline__ void fa_fetch_bias_singly(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t,
+                                                     fa_mod_place at, char *bias)
+{
+    int own = threadIdx.x % FA_WARP / 4;
+    const uint16_t *mask = (const uint16_t *)p.a.mask.data;
+#pragma unroll 1
+    for (int i = 0; i < 2; i++) {
+        const uint16_t *row = mask + fa_mask_row(p, t, at.row + 8 * i);
+#pragma unroll 4
+        for (int e = 0; e < BN / 4; e++) {
+            int column = min(at.column + e / 2 * 8 + e % 2, p.plain.SK - 1);
+            char *to = bias + fa_bias_place<BN>(own + 8 * i, e / 2) + threadIdx.x % 4 * 4 + e % 2 * 2;
+            *(uint16_t *)to = row[column * p.mask[3]];
+        }
+    }
+    __syncwarp();
+}
+
+/* A float mask's value in units of log2; -inf hides, the least float does not. */
+__device__ __forceinline__ float fa_bias_log2(float x)
+{
+    return x == -CUDART_INF_F ? x : fmaxf(x * FA_LOG2E, -FLT_MAX);
+}
+
+/* s with bias in it, whose product with log2 e may have become -inf without being it, or which hides. Without branches:
+ * they would hold all of s twice. */
+__device__ __forceinline__ float fa_mend_biased(float s, float bias)
+{
+    float y = fmaxf(bias * FA_LOG2E, -FLT_MAX);
+    s = bias < -1e38f ? y : s;
+    return bias == -CUDART_INF_F ? bias : s;
+}
+
+/* s = s * scale + mask. Values that may be the least float or -inf are looked for in pairs first: they are rare, or all
+ * in one place. */
+template <typename T, int BN>
+__device__ __forceinline__ void fa_add_bias(float (&s)[BN / 2], const char *bias, float scale)
+{
+    /* of pair (0, 0); pair (i, c) is where these bits are turned by c: fa_bias_place */
+    uint32_t at = fa_shared_address(bias) + fa_bias_place<BN>(threadIdx.x % FA_WARP / 4, 0) + threadIdx.x % 4 * 4;
+    uint32_t least = fa_pack<T>(0.f, 0.f);
+#pragma unroll
+    for (int j = 0; j < BN / 4; j++) {
+        uint32_t w = fa_load_shared((at ^ j / 2 * 16) + j % 2 * (8 * BN * 2));
+        float2 b = fa_widen_pair<T>(w);
+        least = fa_min_pair<T>(least, w);
+        s[2 * j] = fmaf(s[2 * j], scale, b.x * FA_LOG2E);
+        s[2 * j + 1] = fmaf(s[2 * j + 1], scale, b.y * FA_LOG2E);
+    }
+    float2 low = fa_widen_pair<T>(least);
+    if (!__any_sync(0xffffffff, fminf(low.x, low.y) < -1e38f))
+        return;
+#pragma unroll
+    for (int j = 0; j < BN / 4; j++) {
+        uint32_t w = fa_load_shared((at ^ j / 2 * 16) + j % 2 * (8 * BN * 2));
+        float2 b = fa_widen_pair<T>(w);
+        s[2 * j] = fa_mend_biased(s[2 * j], b.x);
+        s[2 * j + 1] = fa_mend_biased(s[2 * j + 1], b.y);
+        if (j % 4 == 3)
+            __syncwarp(); /* so that the assembler does not hold all words at once */
+    }
+}
+
+/* The same of a mask of float32: read when it is needed, a few elements at a time. */
+template <int BN>
+__device__ __forceinline__ void fa_add_wide_bias(float (&s)[BN / 2], const fa_fwd_sm90_mod_params &p,
+                                                 const fa_mod_tile &t, fa_mod_place at, float scale)
+{
+    const float *row[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        row[i] = (const float *)p.a.mask.data + fa_mask_row(p, t, at.row + 8 * i);
+#pragma unroll
+    for (int c = 0; c < BN / 8; c++) {
+        float b[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            b[e] = row[e / 2][min(at.column + 8 * c + e % 2, p.plain.SK - 1) * p.mask[3]];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float &to = s[4 * c + e];
+            to = fa_mend_biased(fmaf(to, scale, b[e] * FA_LOG2E), b[e]);
+        }
+        asm volatile("" ::: "memory"); /* so that the loads of all groups are not held at once */
+    }
+}
+
+/* ---- arithmetic on scores ---------------------------------------------------------------------------------------- */
+
+/* tanh to 1e-7: 1 - 2 / (1 + e^2x) */
+__device__ __forceinline__ float fa_tanh(float x)
+{
+    return fmaf(-2.f, fa_reciprocal(1.f + fa_exp2(2 * FA_LOG2E * x)), 1.f);
+}
+
+/* s = cap tanh(s scale). Where all are below 1/2, as with most caps, tanh x = x P(x^2) to 1e-7: the special functions
+ * are left to the softmax. */
+template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], float scale, float cap)
+{
+    float top = 0.f;
+#pragma unroll
+    for (int e = 0; e < R; e++)
+        top = fmaxf(top, fabsf(s[e]));
+    if (__any_sync(0xffffffff, top * fabsf(scale) > 0.5f)) {
+#pragma unroll
+        for (int e = 0; e < R; e++)
+            s[e] = cap * fa_tanh(s[e] * scale);
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < R; e++) {
+        float x = s[e] * scale, z = x * x;
+        float y = fmaf(fmaf(fmaf(0.01724149f, z, -0.053045494f), z, 0.13325879f), z, -0.33333144f);
+        s[e] = x * cap * fmaf(y, z, 1.f);
+    }
+}
+
+/* s = s scale - slope |i + offset - j| */
+template <int BN>
+__device__ __forceinline__ void fa_add_alibi(float (&s)[BN / 2], const fa_mod_tile &t, fa_mod_place at, float scale)
+{
+    float slope = t.slope;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float ahead = (float)(at.row + 8 * i + t.offset - at.column);
+#pragma unroll
+        for (int c = 0; c < BN / 8; c++)
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                float &to = s[4 * c + 2 * i + x];
+                to = fmaf(to, scale, -slope * fabsf(ahead - (float)(8 * c + x)));
+            }
+    }
+}
+
+/* ---- dropout ----------------------------------------------------------------------------------------------------- */
+
+/* fa_philox with the keys of its rounds at hand */
+__device__ __forceinline__ fa_philox4 fa_philox_of(const fa_fwd_sm90_mod_params &p, uint32_t c0, uint32_t c1,
+                                                   uint32_t c2)
+{
+    uint32_t c3 = 0;
+#pragma unroll
+    for (int round = 0; round < FA_PHILOX_ROUNDS; round++) {
+        uint64_t p0 = (uint64_t)FA_PHILOX_M0 * c0, p1 = (uint64_t)FA_PHILOX_M1 * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ p.keys[round][0];
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ p.keys[round][1];
+        c1 = (uint32_t)p1;
+        c3 = (uint32_t)p0;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+/* Four keys of a query share one evaluation, and two lanes of a quad share these four keys: each of the two does every
+ * second group of 8 columns for both. */
+template <int BN>
+__device__ __forceinline__ void fa_fetch_kept(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                              fa_mod_block &m)
+{
+    int lane = threadIdx.x % 4, odd = lane % 2;
+    uint32_t bh = (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h), four = (uint32_t)(at.column - 2 * lane) / 4;
+    uint32_t low = 0, high = 0; /* keys 0, 1 and 2, 3 of each evaluation */
+    four += lane / 2 + 2 * odd;
+#pragma unroll 2
+    for (int a = 0; a < BN / 16; a++) {
+        low <<= 1;
+        high <<= 1;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            fa_philox4 r = fa_philox_of(p, four + 4 * a, (uint32_t)(at.row + 8 * i), bh);
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                low |= r.word[x] >= p.threshold ? 1u << 8 * (2 * i + x) : 0;
+                high |= r.word[2 + x] >= p.threshold ? 1u << 8 * (2 * i + x) : 0;
+            }
+        }
+    }
+    low <<= 8 - BN / 16;
+    high <<= 8 - BN / 16;
+    uint32_t mine = odd ? high : low, got = __shfl_xor_sync(0xffffffff, odd ? low : high, 1);
+    m.kept[0] = odd ? got : mine;
+    m.kept[1] = odd ? mine : got;
+}
+
+/* Packed weights become 0 where they are dropped: the sign of a byte, repeated, is the mask of an element. */
+template <int BN> __device__ __forceinline__ void fa_drop(uint32_t (&w)[BN / 4], const fa_mod_block &m)
+{
+#pragma unroll
+    for (int j = 0; j < BN / 4; j++) {
+        uint32_t bits = m.kept[j / 2 % 2] << j / 4, mask;
+        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(bits), "r"(j % 2 ? 0xbbaa : 0x9988));
+        w[j] &= mask;
+    }
+}
+
+/* ---- a block, and the end of a tile ------------------------------------------------------------------------------ */
+
+template <int BN>
+__device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+                                             char *to)
+{
+    fa_mod_place at = fa_mod_place_of(row, key);
+    if (p.what & FA_MOD_BITS)
+        fa_copy_seen<BN>(p, t, at, to);
+    else
+        fa_copy_bias<BN>(p, t, at, to);
+}
+
+/* The mask of the next block of the tile is on its way to `next` while this one's is used: it comes from far. */
+template <int BN>
+__device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+                                             bool fresh, bool last, fa_mod_block &m, char *next)
+{
+    fa_mod_place at = fa_mod_place_of(row, key);
+    if (p.what & FA_MOD_VECTORS) {
+        __syncwarp(); /* the mask that was at `next` is used up */
+        if (fresh)
+            fa_copy_mask<BN>(p, t, row, key, m.mask);
+        ptx_cp_async_commit();
+        if (!last)
+            fa_copy_mask<BN>(p, t, row, key - BN, next);
+        ptx_cp_async_commit();
+        ptx_cp_async_wait<1>();
+        __syncwarp();
+        if (p.what & FA_MOD_BITS)
+            fa_take_seen<BN>(m);
+    } else if (p.what & FA_MOD_BITS) {
+        fa_fetch_seen_singly<BN>(p, t, at, m);
+    } else if ((p.what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
+        fa_fetch_bias_singly<BN>(p, t, at, m.mask);
+    }
+    if (p.what & FA_MOD_DROPOUT)
+        fa_fetch_kept<BN>(p, t, at, m);
+}
+
+template <typename T, int BN>
+__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+                                              const fa_mod_block &m, float (&s)[BN / 2])
+{
+    fa_mod_place at = fa_mod_place_of(row, key);
+    float scale = p.scale; /* that is still to be applied */
+    if (p.what & FA_MOD_CAP) {
+        fa_softcap(s, p.scale, p.cap);
+        scale = 1.f;
+    }
+    if (p.what & FA_MOD_BIAS) {
+        if (p.what & FA_MOD_WIDE)
+            fa_add_wide_bias<BN>(s, p, t, at, scale);
+        else
+            fa_add_bias<T, BN>(s, m.mask, scale);
+        scale = 1.f;
+    }
+    if (p.what & FA_MOD_ALIBI) {
+        fa_add_alibi<BN>(s, t, at, scale);
+    } else if ((p.what & (FA_MOD_SCALED | FA_MOD_CAP | FA_MOD_BIAS)) == FA_MOD_SCALED) {
+#pragma unroll
+        for (int e = 0; e < BN / 2; e++)
+            s[e] *= scale;
+    }
+    if (p.what & FA_MOD_BITS)
+        fa_hide_unseen<BN>(s, m);
+}
+
+/* As fa_finish_rows; a sink is one more key whose value is 0. Rows from q_len on are no queries. */
+__device__ __forceinline__ fa_rows_out fa_mod_finish(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t,
+                                                     const fa_rows &r, int row)
+{
+    fa_rows_out f;
+    int at = fa_mod_place_of(row, 0).row;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float sum = fa_quad_sum(r.l[i]), m = r.m[i] * p.plain.scale_log2, top = m, shrink = 1.f;
+        bool blind = m == -CUDART_INF_F && sum == 0.f, query = at + 8 * i < t.q_len;
+        if (p.a.sinks.data) {
+            top = t.sink > m || isnan(t.sink) ? t.sink : m;
+            if (top != -CUDART_INF_F) {
+                shrink = fa_exp2(m - top);
+                sum = sum * shrink + fa_exp2(t.sink - top);
+            }
+        }
+        f.empty[i] = blind || !query || p.keep == 0.f;
+        f.factor[i] = fa_reciprocal(sum) * shrink * p.keep;
+        f.lse[i] = (top + fa_log2(sum)) * 0.693147180559945f;
+        if (top <= -FLT_MAX && !isnan(sum)) /* where a float mask was cut off */
+            f.lse[i] = -FLT_MAX;
+        if (sum == 0.f || !query)
+            f.lse[i] = -CUDART_INF_F;
+    }
+    return f;
+}
+
+#endif
