@@ -66,6 +66,13 @@ __device__ __forceinline__ void ptx_cp_async(void *to, const void *from, int byt
                  : "memory");
 }
 
+/* the same of 4 bytes, or 0 */
+__device__ __forceinline__ void ptx_cp_async_4(void *to, const void *from, int bytes)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(ptx_shared(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void ptx_cp_async_commit(void)
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
