@@ -24,7 +24,7 @@ constexpr size_t fa_decode_max(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-/* T: of the query; S: as keys are stored; DP: head dimensions up to it. MOD: also what is no vectors, masks, softcap,
+/* T: of the query; S: as keys are stored, T or bytes; DP: head dimensions up to it. MOD: also what is no vectors, masks, softcap,
  * ALiBi. */
 template <typename T_, typename S_, int DP_, bool MOD_> struct fa_decode_config {
     using T = T_;
@@ -48,200 +48,200 @@ template <typename T_, typename S_, int DP_, bool MOD_> struct fa_decode_config 
     static_assert(STAGES >= 3, "two tiles under way and one in use");
 };
 
-/* One query row as a lane sees it. */
-struct fa_decode_row {
-    int lo, hi;       /* the keys it sees */
-    int position;     /* its own place among the keys */
-    float slope;      /* ALiBi, in units of log2 */
-    const char *mask; /* its first element */
-};
-
 /* What the block has to do. */
 struct fa_decode_work {
-    fa_seq seq;
-    fa_decode_cut cut;
-    int hk, first_row, rows; /* first of its query rows within the key head, and their number */
-    int part, parts;         /* its run */
-    int k_lo, k_hi;          /* keys of the run */
-    int all_lo, all_hi;      /* keys that every row sees */
-    int64_t k_head, v_head, k_scale_head, v_scale_head; /* elements to the head */
+    fa_decode_sequence seq;
+    int n, hk, first_row, rows; /* sequence, key head, first of its query rows, and their number */
+    int part, parts;            /* its run */
+    int k_lo, k_hi;             /* keys of the run */
+    int all_lo, all_hi;         /* keys that every row sees */
 };
 
-__device__ __forceinline__ int64_t fa_scale_head(const fa_tensor *scale, int hk)
-{
-    return scale->size[1] > 1 ? hk * scale->stride[1] : 0;
-}
-
-__device__ static bool fa_decode_work_of(fa_decode_work *w, const fa_decode_params &p)
-{
-    const fa_args *a = &p.a;
-    const int heads = (int)a->k.size[1], runs = (p.parts + p.run - 1) / p.run;
-    unsigned id = blockIdx.x;
-    const int tile = id % p.tiles;
-    id /= p.tiles;
-    w->hk = id % heads;
-    id /= heads;
-    w->part = id % runs * p.run;
-    w->seq = fa_seq_at(a, id / runs);
-    w->cut = fa_decode_cut_of(p, w->seq.span);
-    if (w->part >= w->cut.parts)
-        return false;
-    w->parts = min(p.run, w->cut.parts - w->part);
-    w->k_lo = w->cut.lo + w->part * w->cut.part;
-    w->k_hi = min(w->cut.hi, w->k_lo + w->parts * w->cut.part);
-    w->first_row = tile * FA_DECODE_ROWS;
-    w->rows = min(FA_DECODE_ROWS, p.rows - w->first_row);
-    const int first = w->first_row / p.group, last = (w->first_row + w->rows - 1) / p.group;
-    w->all_lo = (int)fa_max64(fa_keys_of_queries(&w->seq.span, last, last).lo, 0);
-    w->all_hi = last < w->seq.span.q_len ? (int)fa_max64(fa_keys_of_queries(&w->seq.span, first, first).hi, 0) : 0;
-    w->k_head = w->hk * a->k.stride[1];
-    w->v_head = w->hk * a->v.stride[1];
-    w->k_scale_head = fa_scale_head(&a->k_scale, w->hk);
-    w->v_scale_head = fa_scale_head(&a->v_scale, w->hk);
-    return true;
-}
-
-/* query and head of row r of the block */
+/* query of row r of the block, and its head */
 __device__ __forceinline__ int fa_decode_query(const fa_decode_params &p, const fa_decode_work &w, int r)
 {
-    return (w.first_row + r) / p.group;
+    return (unsigned)(w.first_row + r) / p.group;
 }
 __device__ __forceinline__ int fa_decode_head(const fa_decode_params &p, const fa_decode_work &w, int r)
 {
-    return w.hk * p.group + (w.first_row + r) % p.group;
+    return w.hk * p.group + (unsigned)(w.first_row + r) % p.group;
 }
 
-template <class C>
-__device__ static void fa_decode_rows_of(fa_decode_row (&rows)[2], fa_scores *scores, const fa_decode_params &p,
-                                         const fa_decode_work &w)
+template <class C> __device__ __forceinline__ bool fa_decode_work_of(fa_decode_work *w, const fa_decode_params &p)
 {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int r = min((int)(threadIdx.x % 32 / 4 + 8 * i), w.rows - 1); /* rows behind the last are as it is */
-        const int query = fa_decode_query(p, w, r), head = fa_decode_head(p, w, r);
-        fa_range keys = {0, 0};
-        if (query < w.seq.span.q_len)
-            keys = fa_keys_of_queries(&w.seq.span, query, query);
-        rows[i] = {(int)fa_max64(keys.lo, 0), (int)fa_max64(keys.hi, 0), (int)(query + w.seq.span.offset), 0, NULL};
-        if (C::MOD || i == 0)
-            *scores = fa_scores_of(&p.a, &w.seq, head);
-        if (C::MOD) {
-            rows[i].slope = scores->slope;
-            rows[i].mask = scores->mask;
-            if (scores->mask)
-                rows[i].mask += query * scores->mask_q * fa_dtype_width(scores->mask_dtype);
-        }
-    }
+    w->n = blockIdx.z;
+    w->hk = p.tiles == 1 ? blockIdx.x : blockIdx.x / p.tiles;
+    w->first_row = (blockIdx.x - w->hk * p.tiles) * FA_DECODE_ROWS;
+    w->rows = min(FA_DECODE_ROWS, p.rows - w->first_row);
+    const fa_decode_sequence s = fa_decode_sequence_of(p, w->n, C::MOD);
+    const int run = fa_decode_run(p.keys_wanted, s.part);
+    w->seq = s;
+    w->part = blockIdx.y * run;
+    w->parts = min(run, s.parts - w->part);
+    w->k_lo = s.lo + w->part * s.part;
+    w->k_hi = min(s.hi, w->k_lo + w->parts * s.part);
+    const int first = fa_decode_query(p, *w, 0), last = fa_decode_query(p, *w, w->rows - 1);
+    w->all_lo = last + s.offset - p.left;
+    w->all_hi = last < s.q_len ? min(s.k_len, first + s.offset + p.right + 1) : 0;
+    return w->parts > 0;
 }
 
 /* sQ <- the block's query rows, padded with zeros */
 template <class C>
-__device__ static void fa_decode_load_q(typename C::T *sQ, const fa_decode_params &p, const fa_decode_work &w)
+__device__ __forceinline__ void fa_decode_load_q(typename C::T *sQ, const fa_decode_params &p, const fa_decode_work &w)
 {
     using T = typename C::T;
     constexpr int VEC = 16 / (int)sizeof(T), CHUNKS = C::DP / VEC;
-    const fa_tensor *q = &p.a.q;
-    const int d = (int)q->size[3];
+#pragma unroll 1
     for (int x = threadIdx.x; x < FA_DECODE_ROWS * CHUNKS; x += C::THREADS) {
         const int r = x / CHUNKS, c = x % CHUNKS * VEC;
         T *to = sQ + r * C::LD + c;
-        *(uint4 *)to = make_uint4(0, 0, 0, 0);
-        if (r >= w.rows || c >= d)
-            continue;
-        const T *from = (const T *)q->data + fa_q_at(&w.seq, q, fa_decode_head(p, w, r), fa_decode_query(p, w, r));
-        if (p.q_vectors) {
-            *(uint4 *)to = *(const uint4 *)(from + c);
+        if (r >= w.rows || c >= p.d) {
+            *(uint4 *)to = make_uint4(0, 0, 0, 0);
             continue;
         }
-        for (int i = 0; i < VEC && c + i < d; i++)
-            to[i] = from[(c + i) * q->stride[3]];
+        const T *from = (const T *)(p.q.data + w.n * p.q.batch + fa_decode_head(p, w, r) * p.q.head +
+                                    fa_decode_query(p, w, r) * p.q.row);
+        if (p.q_vectors)
+            *(uint4 *)to = *(const uint4 *)(from + c);
+        else
+            for (int i = 0; i < VEC; i++)
+                to[i] = c + i < p.d ? from[(c + i) * p.a.q.stride[3]] : fa_from<T>(0);
     }
 }
 
-/* ---- tiles of keys into a stage ---------------------------------------------------------------------------------- */
+/* elements to the scale of a head where it is not given per token */
+__device__ __forceinline__ int64_t fa_decode_scale_at(const fa_tensor *t, const fa_decode_work &w)
+{
+    return (t->size[0] > 1 ? w.n * t->stride[0] : 0) + (t->size[1] > 1 ? w.hk * t->stride[1] : 0);
+}
 
-/* Where key lane % 16 of a tile lies: elements to its row of k and of v; -1: nowhere. scale: to that of k in the lower,
- * of v in the upper half of the warp. */
-struct fa_decode_place {
-    int64_t k, v, scale;
+/* ---- tiles of keys into a stage ----------------------------------------------------------------------------------- */
+
+/* What a lane keeps to copy tiles: its own row and columns of the head, of the first tile of keys that there are. */
+template <class C> struct fa_decode_source {
+    static constexpr int SIZE = (int)sizeof(typename C::S), CHUNKS = C::DP * SIZE / 16;
+    static constexpr int LANES = CHUNKS < 32 ? CHUNKS : 32, ROWS = 32 / LANES; /* ROWS rows at a time */
+    const char *k, *v;
+    int64_t entry; /* the table's for key lane % 16 of the tile that is copied next */
+    uint64_t policy;
 };
 
 template <class C>
-__device__ __forceinline__ fa_decode_place fa_decode_find(const fa_decode_params &p, const fa_decode_work &w, int k0)
+__device__ __forceinline__ void fa_decode_look_up(fa_decode_source<C> &from, const fa_decode_params &p,
+                                                  const fa_decode_work &w, int k0)
 {
-    const fa_args *a = &p.a;
     const int j = k0 + threadIdx.x % FA_DECODE_KEYS;
-    int64_t batch = w.seq.k_batch, row = j;
-    if (j >= w.k_hi)
-        return {-1, -1, -1};
-    if (a->page_size) {
-        const fa_tensor *t = &a->block_table;
-        const unsigned size = (unsigned)a->page_size, page = (unsigned)j / size;
-        batch = fa_index(t, w.seq.n * t->stride[0] + page * t->stride[1]);
-        row = j - page * size;
-        if (batch < 0 || batch >= a->k.size[0])
-            return {-1, -1, -1};
-    }
-    fa_decode_place at = {w.k_head + batch * a->k.stride[0] + row * a->k.stride[2],
-                          w.v_head + batch * a->v.stride[0] + row * a->v.stride[2], 0};
-    if (C::WIDEN && a->scale_per_token) {
-        const bool of_k = threadIdx.x % 32 < FA_DECODE_KEYS;
-        const fa_tensor *t = of_k ? &a->k_scale : &a->v_scale;
-        at.scale = (of_k ? w.k_scale_head : w.v_scale_head) + batch * t->stride[0] + row * t->stride[2];
-    }
-    return at;
+    if (!p.table || j >= w.k_hi)
+        return;
+    const int page = p.regular ? j >> p.page_shift : (unsigned)j / p.page_size;
+    from.entry = fa_decode_index(p.table, p.table_wide, w.n * p.table_step + page * p.table_page_step);
 }
 
-/* fa_decode_copy of one tensor, element by element */
-template <typename S, int LDS, int DP>
-__device__ __noinline__ void fa_decode_gather(S *to, const fa_tensor *t, int64_t at)
-{
-    const int d = (int)t->size[3], lane = threadIdx.x % 32;
-    for (int r = 0; r < FA_DECODE_KEYS; r++) {
-        const int64_t row = __shfl_sync(0xffffffffu, at, r);
-        const S *from = (const S *)t->data + row;
-        for (int c = lane; c < DP; c += 32) {
-            uint8_t *bytes = (uint8_t *)(to + r * LDS + c);
-            if (row >= 0 && c < d)
-                to[r * LDS + c] = from[c * t->stride[3]];
-            else
-                for (int i = 0; i < (int)sizeof(S); i++)
-                    bytes[i] = 0;
-        }
-    }
-}
-
-/* A stage <- the keys, values and scales at `at`; what is nowhere and columns past the end of a row become 0. */
+/* Rows that lie at equal distances, all of them keys of the run. */
 template <class C>
-__device__ __forceinline__ void fa_decode_copy(char *stage, const fa_decode_params &p, const fa_decode_place &at)
+__device__ __forceinline__ void fa_decode_copy_rows(char *stage, const fa_decode_source<C> &from,
+                                                    const fa_decode_params &p, int k0)
+{
+    using F = fa_decode_source<C>;
+    const int lane = threadIdx.x % 32, row0 = p.table ? k0 & ((1 << p.page_shift) - 1) : k0;
+    const int64_t page = p.table ? from.entry : 0;
+    const char *k = from.k + page * p.k.batch + row0 * p.k.row, *v = from.v + page * p.v.batch + row0 * p.v.row;
+    char *to = stage + lane / F::LANES * C::LDS * F::SIZE + lane % F::LANES * 16;
+#pragma unroll
+    for (int r = 0; r < FA_DECODE_KEYS; r += F::ROWS) {
+#pragma unroll
+        for (int c = 0; c < F::CHUNKS; c += F::LANES) {
+            const int first = (lane % F::LANES + c) * 16;
+            char *at = to + r * C::LDS * F::SIZE + c * 16;
+            ptx_cp_async_policy(at, k + c * 16, first < p.d * F::SIZE ? 16 : 0, from.policy);
+            ptx_cp_async_policy(at + C::TILE, v + c * 16, first < p.dv * F::SIZE ? 16 : 0, from.policy);
+        }
+        k += F::ROWS * p.k.row;
+        v += F::ROWS * p.v.row;
+    }
+}
+
+/* 16 rows, of which this lane knows number lane % 16: offset `at`, negative where it counts as zeros. */
+template <class C>
+__device__ __forceinline__ void fa_decode_copy_each(char *to, const char *head, int64_t at, int d, int64_t stride,
+                                                    bool vectors)
 {
     using S = typename C::S;
-    constexpr int VEC = 16 / (int)sizeof(S), CHUNKS = C::DP / VEC, LANES = CHUNKS < 32 ? CHUNKS : 32;
-    const fa_args *a = &p.a;
-    S *sK = (S *)stage, *sV = (S *)(stage + C::TILE);
-    const int lane = threadIdx.x % 32;
-    if (C::WIDEN && a->scale_per_token) {
-        const float *from = (const float *)(lane < FA_DECODE_KEYS ? a->k_scale.data : a->v_scale.data);
-        ptx_cp_async_4(stage + 2 * C::TILE + lane * 4, at.k < 0 ? from : from + at.scale, at.k < 0 ? 0 : 4);
-    }
-    if (C::MOD && !p.k_vectors) {
-        fa_decode_gather<S, C::LDS, C::DP>(sK, &a->k, at.k);
-        fa_decode_gather<S, C::LDS, C::DP>(sV, &a->v, at.v);
-        return;
-    }
-    const S *k = (const S *)a->k.data, *v = (const S *)a->v.data;
-    const int d = (int)a->q.size[3], dv = (int)a->v.size[3];
-#pragma unroll
-    for (int r = 0; r < FA_DECODE_KEYS; r += 32 / LANES) {
-        const int row = r + lane / LANES;
-        const int64_t k_at = __shfl_sync(0xffffffffu, at.k, row), v_at = __shfl_sync(0xffffffffu, at.v, row);
-#pragma unroll
-        for (int c = lane % LANES * VEC; c < C::DP; c += LANES * VEC) {
-            const bool has_k = k_at >= 0 && c < d, has_v = v_at >= 0 && c < dv;
-            ptx_cp_async(sK + row * C::LDS + c, has_k ? k + k_at + c : k, has_k ? 16 : 0);
-            ptx_cp_async(sV + row * C::LDS + c, has_v ? v + v_at + c : v, has_v ? 16 : 0);
+    constexpr int VEC = 16 / (int)sizeof(S);
+    for (int r = 0; r < FA_DECODE_KEYS; r++) {
+        const int64_t row = __shfl_sync(0xffffffffu, at, r);
+        S *own = (S *)to + r * C::LDS;
+        if (vectors) {
+            for (int c = threadIdx.x % 32 * VEC; c < C::DP; c += 32 * VEC)
+                ptx_cp_async(own + c, head + (row < 0 ? 0 : row + c * (int)sizeof(S)), row >= 0 && c < d ? 16 : 0);
+            continue;
+        }
+        for (int c = threadIdx.x % 32; c < C::DP; c += 32) {
+            if (row >= 0 && c < d)
+                own[c] = ((const S *)(head + row))[c * stride];
+            else
+                memset(own + c, 0, sizeof(S));
         }
     }
+}
+
+/* Rows anywhere: pages of any size, the end of the keys, elements that lie apart. */
+template <class C>
+__device__ __noinline__ void fa_decode_copy_any(char *stage, const fa_decode_params &p, int n, int hk, int64_t entry,
+                                                int k0, int k_hi)
+{
+    const fa_args *a = &p.a;
+    const int lane = threadIdx.x % 32, j = k0 + lane % FA_DECODE_KEYS;
+    const int64_t batch = p.table ? entry : n, row = p.table ? (unsigned)j % p.page_size : j;
+    const bool inside = j < k_hi && (!p.table || (batch >= 0 && batch < p.pages));
+    const char *k = p.k.data + hk * p.k.head, *v = p.v.data + hk * p.v.head;
+    fa_decode_copy_each<C>(stage, k, inside ? batch * p.k.batch + row * p.k.row : -1, p.d, a->k.stride[3],
+                           p.k_vectors);
+    fa_decode_copy_each<C>(stage + C::TILE, v, inside ? batch * p.v.batch + row * p.v.row : -1, p.dv, a->v.stride[3],
+                           p.k_vectors);
+}
+
+/* The scales of the tile's keys, then of its values. */
+template <class C>
+__device__ __forceinline__ void fa_decode_copy_scales(char *to, const fa_decode_source<C> &from,
+                                                      const fa_decode_params &p, const fa_decode_work &w, int k0)
+{
+    const int lane = threadIdx.x % 32, j = k0 + lane % FA_DECODE_KEYS;
+    const fa_tensor *t = lane < FA_DECODE_KEYS ? &p.a.k_scale : &p.a.v_scale;
+    const int64_t batch = p.table ? from.entry : w.n, row = p.table ? (unsigned)j % p.page_size : j;
+    const bool inside = j < w.k_hi && (!p.table || (batch >= 0 && batch < p.pages));
+    const float *scale = (const float *)t->data;
+    if (inside)
+        scale += batch * t->stride[0] + (t->size[1] > 1 ? w.hk * t->stride[1] : 0) + row * t->stride[2];
+    ptx_cp_async_4(to + lane * 4, scale, inside ? 4 : 0);
+}
+
+/* Begins the copy of the tile at k0, and looks up where the warp's next one lies. */
+template <class C>
+__device__ __forceinline__ void fa_decode_copy(char *stage, fa_decode_source<C> &from, const fa_decode_params &p,
+                                               const fa_decode_work &w, int k0)
+{
+    if (k0 < w.k_hi) {
+        if (C::WIDEN && p.a.scale_per_token)
+            fa_decode_copy_scales<C>(stage + 2 * C::TILE, from, p, w, k0);
+        if (p.regular && k0 + FA_DECODE_KEYS <= w.k_hi && (!p.table || (uint64_t)from.entry < (uint64_t)p.pages))
+            fa_decode_copy_rows<C>(stage, from, p, k0);
+        else
+            fa_decode_copy_any<C>(stage, p, w.n, w.hk, from.entry, k0, w.k_hi);
+        fa_decode_look_up<C>(from, p, w, k0 + FA_DECODE_KEYS * C::WARPS);
+    }
+    ptx_cp_async_commit();
+}
+
+template <class C>
+__device__ __forceinline__ fa_decode_source<C> fa_decode_source_of(const fa_decode_params &p, const fa_decode_work &w)
+{
+    using F = fa_decode_source<C>;
+    const int lane = threadIdx.x % 32, row = lane / F::LANES, column = lane % F::LANES * 16;
+    const int n = p.table ? 0 : w.n;
+    return {p.k.data + n * p.k.batch + w.hk * p.k.head + row * p.k.row + column,
+            p.v.data + n * p.v.batch + w.hk * p.v.head + row * p.v.row + column, 0, ptx_cache_policy(p.once)};
 }
 
 /* ---- one tile ---------------------------------------------------------------------------------------------------- */
@@ -264,33 +264,73 @@ template <int NA> __device__ __forceinline__ void fa_decode_start(fa_decode_sums
     r.unit = FLT_MIN;
 }
 
+/* What a lane's two query rows are. */
+template <class C> struct fa_decode_rows {
+    int position[2]; /* their own places among the keys */
+    int end[2];      /* they see no key from it on */
+    float scale;
+    /* with options */
+    fa_scores scores;
+    float slope[2];
+    const char *mask[2]; /* the row's first element */
+};
+
+template <class C>
+__device__ __forceinline__ void fa_decode_rows_of(fa_decode_rows<C> *rows, const fa_decode_params &p,
+                                                  const fa_decode_work &w)
+{
+    rows->scale = p.scale;
+    if (C::WIDEN && !p.a.scale_per_token)
+        rows->scale *= ((const float *)p.a.k_scale.data)[fa_decode_scale_at(&p.a.k_scale, w)];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int r = min((int)(threadIdx.x % 32 / 4 + 8 * i), w.rows - 1); /* rows behind the last are as it is */
+        const int query = fa_decode_query(p, w, r);
+        rows->position[i] = query + w.seq.offset;
+        rows->end[i] = query < w.seq.q_len ? w.seq.k_len : 0;
+        if (C::MOD) {
+            const fa_seq seq = fa_seq_at(&p.a, w.n);
+            rows->scores = fa_scores_of(&p.a, &seq, fa_decode_head(p, w, r));
+            rows->slope[i] = rows->scores.slope;
+            rows->mask[i] = rows->scores.mask;
+            if (rows->scores.mask)
+                rows->mask[i] += query * rows->scores.mask_q * fa_dtype_width(rows->scores.mask_dtype);
+        }
+    }
+}
+
 /* From products to scores in units of log2. Roundings are named, so that they are the same in every instance. */
 template <class C>
-__device__ __forceinline__ void fa_decode_score(float (&s)[2][4], const fa_decode_row (&rows)[2],
-                                                const fa_scores &common, int k0, bool edges, const float *sScale)
+__device__ __forceinline__ void fa_decode_score(float (&s)[2][4], const fa_decode_rows<C> &rows,
+                                                const fa_decode_params &p, int k0, bool edges, const float *sScale)
 {
     const int t = threadIdx.x % 4;
+    if (!C::MOD && !edges) {
+#pragma unroll
+        for (int x = 0; x < 8; x++)
+            s[x / 4][x % 4] = __fmul_rn(s[x / 4][x % 4], rows.scale);
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const fa_decode_row &row = rows[e / 2];
-            const int at = n * 8 + t * 2 + e % 2, j = k0 + at;
-            float x = __fmul_rn(s[n][e], common.scale);
+            const int i = e / 2, at = n * 8 + t * 2 + e % 2, j = k0 + at, ahead = j - rows.position[i];
+            float x = __fmul_rn(s[n][e], rows.scale);
             if (C::WIDEN && sScale)
                 x = __fmul_rn(x, sScale[at]);
-            if (C::MOD && common.cap > 0)
-                x = __fmul_rn(common.cap, tanhf(x));
-            bool hidden = edges && (j < row.lo || j >= row.hi);
-            if (C::MOD && common.mask && !hidden) {
-                fa_scores own = common;
-                own.mask = row.mask;
+            if (C::MOD && rows.scores.cap > 0)
+                x = __fmul_rn(rows.scores.cap, tanhf(x));
+            bool hidden = edges && (j >= rows.end[i] || ahead > p.right || -ahead > p.left);
+            if (C::MOD && rows.scores.mask && !hidden) {
+                fa_scores own = rows.scores;
+                own.mask = rows.mask[i];
                 const float y = fa_mask_value(own, 0, j);
                 hidden = y == -INFINITY;
                 x = __fadd_rn(x, y);
             }
-            if (C::MOD && common.alibi)
-                x = fmaf(-row.slope, fabsf((float)(row.position - j)), x);
+            if (C::MOD && rows.scores.alibi)
+                x = fmaf(-rows.slope[i], fabsf((float)ahead), x);
             s[n][e] = hidden ? -INFINITY : x;
         }
 }
@@ -403,41 +443,78 @@ __device__ static void fa_decode_wild(const float (&w)[2][4], fa_decode_sums<C::
 }
 
 /* A tile as the products read it. */
-template <class C> __device__ __forceinline__ typename C::T *fa_decode_operand(char *tile, char *wide)
+template <class C>
+__device__ __forceinline__ typename C::T *fa_decode_operand(char *tile, char *wide, const fa_decode_params &p)
 {
     if constexpr (C::WIDEN) {
         typename C::T *to = (typename C::T *)wide;
-        fa_widen_tile<typename C::T, typename C::S, FA_DECODE_KEYS, C::DP>(to, C::LD, (const typename C::S *)tile,
-                                                                           C::LDS);
+        fa_widen_tile<FA_DECODE_KEYS, C::DP>(to, C::LD, (const uint8_t *)tile, C::LDS, p.float8);
         return to;
     } else {
         return (typename C::T *)tile;
     }
 }
 
+/* The query rows as an operand: in registers where they have room. */
+template <class C> struct fa_decode_operand_q {
+    static constexpr bool HELD = sizeof(typename C::T) == 2 && C::DP <= 128;
+    fa_frag_a<typename C::T> a[HELD ? C::DP / 16 : 1];
+    const typename C::T *sQ;
+
+    __device__ __forceinline__ void load(const typename C::T *tile)
+    {
+        sQ = tile;
+        if (HELD)
+#pragma unroll
+            for (int k = 0; k < C::DP; k += 16)
+                fa_load_a(a[HELD ? k / 16 : 0], tile, C::LD, 0, k);
+    }
+};
+
+template <class C>
+__device__ __forceinline__ void fa_decode_dot(float (&s)[2][4], const fa_decode_operand_q<C> &q,
+                                              const typename C::T *sK)
+{
+    using T = typename C::T;
+    constexpr bool HELD = fa_decode_operand_q<C>::HELD;
+#pragma unroll
+    for (int x = 0; x < 8; x++)
+        s[x / 4][x % 4] = 0;
+#pragma unroll HELD ? C::DP / 16 : 4
+    for (int k = 0; k < C::DP; k += 16) {
+        fa_frag_b<T> b;
+        fa_load_b_nk(b, sK, C::LD, 0, k);
+        if (HELD) {
+            fa_mma(s[0], s[1], q.a[HELD ? k / 16 : 0], b);
+        } else {
+            fa_frag_a<T> a;
+            fa_load_a(a, q.sQ, C::LD, 0, k);
+            fa_mma(s[0], s[1], a, b);
+        }
+    }
+}
+
 template <class C>
 __device__ __forceinline__ void fa_decode_tile(fa_decode_sums<C::NA> &r, const fa_decode_params &p,
-                                               const fa_decode_work &w, const fa_decode_row (&rows)[2],
-                                               const fa_scores &scores, const typename C::T *sQ, char *stage,
-                                               char *wide, int k0)
+                                               const fa_decode_work &w, const fa_decode_rows<C> &rows,
+                                               const fa_decode_operand_q<C> &q, char *stage, char *wide, int k0)
 {
     using T = typename C::T;
     const bool edges = k0 < w.all_lo || k0 + FA_DECODE_KEYS > w.all_hi;
     const float *sScale = C::WIDEN && p.a.scale_per_token ? (const float *)(stage + 2 * C::TILE) : NULL;
     float s[2][4];
-    const T *sK = fa_decode_operand<C>(stage, wide);
-    fa_product_nk<T, 2>(s, sQ, C::LD, 0, sK, C::LD, C::MOD ? (int)((p.a.q.size[3] + 15) / 16 * 16) : C::DP);
-    fa_decode_score<C>(s, rows, scores, k0, edges, sScale);
+    fa_decode_dot<C>(s, q, fa_decode_operand<C>(stage, wide, p));
+    fa_decode_score<C>(s, rows, p, k0, edges, sScale);
     fa_decode_softmax(s, r);
     if (C::WIDEN && sScale)
         fa_decode_scale_weights(s, r, sScale + FA_DECODE_KEYS);
-    T *sV = fa_decode_operand<C>(stage + C::TILE, wide);
-    if (edges || (C::MOD && scores.mask))
+    T *sV = fa_decode_operand<C>(stage + C::TILE, wide, p);
+    if (edges || (C::MOD && rows.scores.mask))
         fa_decode_wild<C>(s, r, sV);
     fa_product_kn<T>(r.acc, s, sV, C::LD);
 }
 
-/* ---- the end of a part ------------------------------------------------------------------------------------------- */
+/* ---- the end of a part -------------------------------------------------------------------------------------------- */
 
 /* What the block shares besides tiles. */
 template <class C> struct fa_decode_ends {
@@ -446,61 +523,91 @@ template <class C> struct fa_decode_ends {
     float *sums[C::WARPS];       /* each warp's: [16][LDO] */
 };
 
-/* Maximum and sum of all warps: to the workspace, or to lse. Returns what this warp's sums are multiplied by. */
-template <class C>
-__device__ __forceinline__ float fa_decode_end_row(const fa_decode_params &p, const fa_decode_work &w,
-                                                   fa_decode_ends<C> &ends, int row, int part)
+/* place of a query row in the workspace */
+__device__ __forceinline__ int64_t fa_decode_row_at(const fa_decode_params &p, const fa_decode_work &w, int row)
 {
-    const fa_args *a = &p.a;
-    float top = -INFINITY, sum = 0;
+    const int64_t heads = p.heads * p.group;
+    return (w.n * heads + fa_decode_head(p, w, row)) * p.queries + fa_decode_query(p, w, row);
+}
+
+/* Of a row without further parts: lse; returns what its sums are multiplied by. */
+__device__ __noinline__ static float fa_decode_finish(const fa_decode_params &p, int n, int h, int query, bool exists,
+                                               float top, float sum)
+{
+    const fa_tensor *t = &p.a.lse;
+    fa_row_end end = {0, -INFINITY};
+    if (exists)
+        end = fa_finish_row(&p.a, n, h, top, sum);
+    ((float *)t->data)[n * t->stride[0] + h * t->stride[1] + query * t->stride[2]] = (float)end.lse;
+    return end.scale;
+}
+
+template <class C> __device__ __forceinline__ float fa_decode_top(const fa_decode_ends<C> &ends, int row)
+{
+    float top = ends.max[0][row];
 #pragma unroll
-    for (int i = 0; i < C::WARPS; i++)
+    for (int i = 1; i < C::WARPS; i++)
         top = fmaxf(top, ends.max[i][row]);
-    const float base = top == -INFINITY ? 0 : top;
+    return top;
+}
+
+/* Maximum and sum of all warps, by one thread for each row: to the workspace, or to lse. */
+template <class C>
+__device__ __forceinline__ void fa_decode_end_rows(const fa_decode_params &p, const fa_decode_work &w,
+                                                   fa_decode_ends<C> &ends, int part)
+{
+    const int row = threadIdx.x;
+    if (row >= w.rows)
+        return;
+    const float top = fa_decode_top<C>(ends, row), base = top == -INFINITY ? 0 : top;
+    float sum = 0;
 #pragma unroll
     for (int i = 0; i < C::WARPS; i++)
         sum = fmaf(ptx_exp2(ends.max[i][row] - base), ends.sum[i][row], sum);
-    if (threadIdx.x < 32 && threadIdx.x % 4 == 0) {
-        const int query = fa_decode_query(p, w, row), h = fa_decode_head(p, w, row);
-        if (w.cut.parts > 1) {
-            const int64_t at = (w.seq.n * a->q.size[1] + h) * a->q.size[2] + query;
-            ((float2 *)p.sums)[at * p.parts + part] = make_float2(top, sum);
-        } else {
-            fa_row_end end = {0, -INFINITY};
-            if (query < w.seq.span.q_len)
-                end = fa_finish_row(a, w.seq.n, h, top, sum);
-            ((float *)a->lse.data)[fa_q_at(&w.seq, &a->lse, h, query)] = (float)end.lse;
-            ends.scale[row] = end.scale;
-        }
+    if (w.seq.parts > 1) {
+        ((float2 *)p.sums)[fa_decode_row_at(p, w, row) * p.parts + part] = make_float2(top, sum);
+        return;
     }
-    return ptx_exp2(ends.max[threadIdx.x / 32][row] - base);
+    const int query = fa_decode_query(p, w, row);
+    ends.scale[row] = fa_decode_finish(p, w.n, fa_decode_head(p, w, row), query, query < w.seq.q_len, top, sum);
 }
 
-/* The warps' sums in their order: to out, or to the workspace. */
+/* The warps' sums in their order: to out, or to the workspace. A warp takes every fourth row. */
 template <class C>
 __device__ __forceinline__ void fa_decode_store(const fa_decode_params &p, const fa_decode_work &w,
                                                 const fa_decode_ends<C> &ends, int part)
 {
-    const fa_args *a = &p.a;
-    const int dv = (int)a->v.size[3];
-    const float by = C::WIDEN && !a->scale_per_token ? fa_scale_at(a, &w.seq, &a->v_scale, w.hk, 0) : 1;
-    for (int row = 0; row < w.rows; row++) {
-        const int query = fa_decode_query(p, w, row), h = fa_decode_head(p, w, row);
-        const int64_t at = (w.seq.n * a->q.size[1] + h) * a->q.size[2] + query;
-        const float scale = ends.scale[row];
-        for (int c = threadIdx.x; c < dv; c += C::THREADS) {
-            float x = 0;
+    using T = typename C::T;
+    const fa_tensor *t = &p.a.out;
+    const int lane = threadIdx.x % 32;
+    float by = 1;
+    if (C::WIDEN && !p.a.scale_per_token)
+        by = ((const float *)p.a.v_scale.data)[fa_decode_scale_at(&p.a.v_scale, w)];
+    for (int row = threadIdx.x / 32; row < w.rows; row += C::WARPS)
+        for (int c = lane * 4; c < p.dv; c += 128) {
+            float x[4] = {0, 0, 0, 0};
 #pragma unroll
-            for (int i = 0; i < C::WARPS; i++)
-                x += ends.sums[i][row * C::LDO + c];
-            x = __fmul_rn(x, by);
-            if (w.cut.parts > 1)
-                p.values[(at * p.parts + part) * dv + c] = x;
-            else
-                ((typename C::T *)a->out.data)[fa_q_at(&w.seq, &a->out, h, query) + c * a->out.stride[3]] =
-                    fa_from<typename C::T>(scale == 0 ? 0 : x * scale);
+            for (int i = 0; i < C::WARPS; i++) {
+                const float4 one = *(const float4 *)(ends.sums[i] + row * C::LDO + c);
+                x[0] += one.x, x[1] += one.y, x[2] += one.z, x[3] += one.w;
+            }
+            if (C::WIDEN)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    x[i] = __fmul_rn(x[i], by);
+            if (w.seq.parts > 1) {
+                const int64_t at = fa_decode_row_at(p, w, row) * p.parts + part;
+                *(float4 *)(p.values + at * ((p.dv + 3) / 4 * 4) + c) = make_float4(x[0], x[1], x[2], x[3]);
+                continue;
+            }
+            const float scale = ends.scale[row];
+            T *to = (T *)t->data + w.n * t->stride[0] + fa_decode_head(p, w, row) * t->stride[1] +
+                    fa_decode_query(p, w, row) * t->stride[2];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (c + i < p.dv)
+                    to[(c + i) * t->stride[3]] = fa_from<T>(scale == 0 ? 0 : x[i] * scale);
         }
-    }
 }
 
 /* own: room for this warp's sums */
@@ -527,44 +634,26 @@ __device__ __forceinline__ void fa_decode_end(fa_decode_sums<C::NA> &r, const fa
         const int row = g + 8 * i;
         if (row >= w.rows)
             continue;
-        const float by = fa_decode_end_row<C>(p, w, ends, row, part) * unit;
+        const float top = fa_decode_top<C>(ends, row);
+        const float by = ptx_exp2(r.max[i] - (top == -INFINITY ? 0 : top)) * unit;
 #pragma unroll
         for (int n = 0; n < C::NA; n++)
             *(float2 *)(own + row * C::LDO + n * 8 + 2 * t) =
                 make_float2(r.acc[n][2 * i] * by, r.acc[n][2 * i + 1] * by);
     }
+    fa_decode_end_rows<C>(p, w, ends, part);
     __syncthreads();
     fa_decode_store<C>(p, w, ends, part);
     __syncthreads();
 }
 
-/* ---- the block --------------------------------------------------------------------------------------------------- */
+/* ---- the block ---------------------------------------------------------------------------------------------------- */
 
-/* A warp's ring: tile i holds the keys from key(i) on. */
-template <class C> struct fa_decode_ring {
-    char *wide, *stages;
-    fa_decode_place next; /* of the tile that is copied next */
-
-    __device__ __forceinline__ char *stage(int i) const
-    {
-        return stages + i % C::STAGES * C::STAGE;
-    }
-
-    __device__ __forceinline__ int key(const fa_decode_work &w, int i) const
-    {
-        return w.k_lo + FA_DECODE_KEYS * (int)(threadIdx.x / 32 + C::WARPS * i);
-    }
-
-    /* Begins the copy of tile i, and looks up where tile i + 1 lies. */
-    __device__ __forceinline__ void copy(const fa_decode_params &p, const fa_decode_work &w, int i)
-    {
-        if (key(w, i) < w.k_hi) {
-            fa_decode_copy<C>(stage(i), p, next);
-            next = fa_decode_find<C>(p, w, key(w, i + 1));
-        }
-        ptx_cp_async_commit();
-    }
-};
+template <class C> __device__ __forceinline__ char *fa_decode_next(char *stage, char *first)
+{
+    stage += C::STAGE;
+    return stage == first + C::STAGES * C::STAGE ? first : stage;
+}
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 2) fa_decode_kernel(const __grid_constant__ fa_decode_params p)
@@ -572,38 +661,42 @@ __global__ void __launch_bounds__(C::THREADS, 2) fa_decode_kernel(const __grid_c
     extern __shared__ __align__(16) char smem[];
     ptx_grid_launch_dependents();
     fa_decode_work w;
-    if (!fa_decode_work_of(&w, p))
+    if (!fa_decode_work_of<C>(&w, p))
         return;
+    constexpr int ALL = FA_DECODE_KEYS * C::WARPS; /* keys of a step of all warps */
     typename C::T *sQ = (typename C::T *)smem;
     fa_decode_ends<C> &ends = *(fa_decode_ends<C> *)(smem + C::QUERY);
-    fa_decode_ring<C> ring;
-    ring.wide = smem + C::QUERY + C::ENDS + threadIdx.x / 32 * C::WARP_BYTES;
-    ring.stages = ring.wide + C::WIDE;
-    ring.next = fa_decode_find<C>(p, w, ring.key(w, 0));
+    char *wide = smem + C::QUERY + C::ENDS + threadIdx.x / 32 * C::WARP_BYTES, *stages = wide + C::WIDE;
+    fa_decode_source<C> from = fa_decode_source_of<C>(p, w);
+    int k0 = w.k_lo + threadIdx.x / 32 * FA_DECODE_KEYS;
+    fa_decode_look_up<C>(from, p, w, k0);
+#pragma unroll 1
     for (int i = 0; i < C::STAGES - 1; i++)
-        ring.copy(p, w, i);
+        fa_decode_copy<C>(stages + i * C::STAGE, from, p, w, k0 + i * ALL);
     fa_decode_load_q<C>(sQ, p, w);
-    fa_decode_row rows[2];
-    fa_scores scores;
-    fa_decode_rows_of<C>(rows, &scores, p, w);
-    if (C::WIDEN && !p.a.scale_per_token)
-        scores.scale *= fa_scale_at(&p.a, &w.seq, &p.a.k_scale, w.hk, 0);
+    fa_decode_rows<C> rows;
+    fa_decode_rows_of<C>(&rows, p, w);
     __syncthreads();
+    fa_decode_operand_q<C> q;
+    q.load(sQ);
 
-    int i = 0;
+    char *now = stages, *ahead = stages + (C::STAGES - 1) * C::STAGE;
+#pragma unroll 1
     for (int part = 0; part < w.parts; part++) {
         fa_decode_sums<C::NA> r;
         fa_decode_start(r);
-        const int end = min(w.k_hi, w.k_lo + (part + 1) * w.cut.part);
-        for (; ring.key(w, i) < end; i++) {
+        const int end = min(w.k_hi, w.k_lo + (part + 1) * w.seq.part);
+#pragma unroll 1
+        for (; k0 < end; k0 += ALL) {
             ptx_cp_async_wait<C::STAGES - 2>();
             __syncwarp();
-            ring.copy(p, w, i + C::STAGES - 1);
-            fa_decode_tile<C>(r, p, w, rows, scores, sQ, ring.stage(i), ring.wide, ring.key(w, i));
+            fa_decode_copy<C>(ahead, from, p, w, k0 + (C::STAGES - 1) * ALL);
+            ahead = fa_decode_next<C>(ahead, stages);
+            fa_decode_tile<C>(r, p, w, rows, q, now, wide, k0);
+            now = fa_decode_next<C>(now, stages);
         }
-        /* the stage behind the tiles under way is free */
-        float *own = (float *)(C::WIDEN ? ring.wide : ring.stage(i + C::STAGES - 1));
-        fa_decode_end<C>(r, p, w, ends, own, w.part + part);
+        /* the stage that is filled next is free */
+        fa_decode_end<C>(r, p, w, ends, (float *)(C::WIDEN ? wide : ahead), w.part + part);
     }
 }
 

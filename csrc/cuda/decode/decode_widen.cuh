@@ -6,6 +6,10 @@
 
 #include "../ptx/ptx_sm80.cuh"
 
+/* what four bytes are */
+struct fa_stored_i8 {};
+struct fa_stored_f8 {};
+
 /* ---- four bytes, lowest first, to four elements ------------------------------------------------------------------ */
 
 __device__ __forceinline__ uint32_t fa_bits(__nv_bfloat162 x)
@@ -26,7 +30,7 @@ __device__ __forceinline__ __half2 fa_f16x2(uint32_t x)
 }
 
 /* x + 128 in the last places of 2^23 */
-__device__ __forceinline__ void fa_widen4(float *to, uint32_t x, int8_t)
+__device__ __forceinline__ void fa_widen4(float *to, uint32_t x, fa_stored_i8)
 {
     const uint32_t u = x ^ 0x80808080;
 #pragma unroll
@@ -35,7 +39,7 @@ __device__ __forceinline__ void fa_widen4(float *to, uint32_t x, int8_t)
 }
 
 /* x + 128 in the last places of 1024 */
-__device__ __forceinline__ void fa_widen4(__half *to, uint32_t x, int8_t)
+__device__ __forceinline__ void fa_widen4(__half *to, uint32_t x, fa_stored_i8)
 {
     const uint32_t u = x ^ 0x80808080;
     const __half2 from = fa_f16x2(0x64806480); /* 1152 */
@@ -44,7 +48,7 @@ __device__ __forceinline__ void fa_widen4(__half *to, uint32_t x, int8_t)
 }
 
 /* The low seven bits in the last places of 128, less 128 or, with the sign bit, 256: bf16 has no room for eight. */
-__device__ __forceinline__ void fa_widen4(__nv_bfloat16 *to, uint32_t x, int8_t)
+__device__ __forceinline__ void fa_widen4(__nv_bfloat16 *to, uint32_t x, fa_stored_i8)
 {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -59,34 +63,33 @@ __device__ __forceinline__ __half2 fa_f8_pair(uint32_t pair)
     return __half2(__nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)pair, __NV_E4M3));
 }
 
-__device__ __forceinline__ void fa_widen4(__half *to, uint32_t x, __nv_fp8_e4m3)
+__device__ __forceinline__ void fa_widen4(__half *to, uint32_t x, fa_stored_f8)
 {
     ((__half2 *)to)[0] = fa_f8_pair(x & 0xffff);
     ((__half2 *)to)[1] = fa_f8_pair(x >> 16);
 }
 
-__device__ __forceinline__ void fa_widen4(float *to, uint32_t x, __nv_fp8_e4m3)
+__device__ __forceinline__ void fa_widen4(float *to, uint32_t x, fa_stored_f8)
 {
     const float2 low = __half22float2(fa_f8_pair(x & 0xffff)), high = __half22float2(fa_f8_pair(x >> 16));
     to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
 }
 
-__device__ __forceinline__ void fa_widen4(__nv_bfloat16 *to, uint32_t x, __nv_fp8_e4m3)
+__device__ __forceinline__ void fa_widen4(__nv_bfloat16 *to, uint32_t x, fa_stored_f8)
 {
     float wide[4];
-    fa_widen4(wide, x, __nv_fp8_e4m3());
+    fa_widen4(wide, x, fa_stored_f8());
     ((__nv_bfloat162 *)to)[0] = __floats2bfloat162_rn(wide[0], wide[1]);
     ((__nv_bfloat162 *)to)[1] = __floats2bfloat162_rn(wide[2], wide[3]);
 }
 
-/* ---- a tile of one warp ------------------------------------------------------------------------------------------ */
+/* ---- a tile of one warp ------------------------------------------------------------------------------------------- */
 
 /* ROWS rows of WIDTH elements, a multiple of 64, by one warp */
-template <typename T, typename S, int ROWS, int WIDTH>
-__device__ __forceinline__ void fa_widen_tile(T *to, int to_ld, const S *from, int from_ld)
+template <typename S, int ROWS, int WIDTH, typename T>
+__device__ __forceinline__ void fa_widen_rows(T *to, int to_ld, const uint8_t *from, int from_ld)
 {
     constexpr int CHUNKS = WIDTH / 16;
-    __syncwarp();
 #pragma unroll
     for (int x = threadIdx.x % 32; x < ROWS * CHUNKS; x += 32) {
         const int r = x / CHUNKS, c = x % CHUNKS * 16;
@@ -100,6 +103,16 @@ __device__ __forceinline__ void fa_widen_tile(T *to, int to_ld, const S *from, i
         for (int i = 0; i < (int)sizeof(T); i++)
             ((uint4 *)(to + r * to_ld + c))[i] = ((const uint4 *)wide)[i];
     }
+}
+
+template <int ROWS, int WIDTH, typename T>
+__device__ __forceinline__ void fa_widen_tile(T *to, int to_ld, const uint8_t *from, int from_ld, bool float8)
+{
+    __syncwarp();
+    if (float8)
+        fa_widen_rows<fa_stored_f8, ROWS, WIDTH>(to, to_ld, from, from_ld);
+    else
+        fa_widen_rows<fa_stored_i8, ROWS, WIDTH>(to, to_ld, from, from_ld);
     __syncwarp();
 }
 
