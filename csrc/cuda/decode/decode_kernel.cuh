@@ -19,11 +19,6 @@
 #include "decode.cuh"
 #include "decode_widen.cuh"
 
-constexpr size_t fa_decode_max(size_t a, size_t b)
-{
-    return a > b ? a : b;
-}
-
 /* T: of the query; S: as keys are stored, T or bytes; DP: head dimensions up to it. MOD: also what is no vectors, masks, softcap,
  * ALiBi. */
 template <typename T_, typename S_, int DP_, bool MOD_> struct fa_decode_config {
@@ -34,9 +29,8 @@ template <typename T_, typename S_, int DP_, bool MOD_> struct fa_decode_config 
     static constexpr int WARPS = sizeof(T) * DP > 512 ? 2 : 4, THREADS = 32 * WARPS;
     static constexpr size_t TILE = FA_DECODE_KEYS * LDS * sizeof(S), SCALES = WIDEN ? 2 * FA_DECODE_KEYS * 4 : 0;
     static constexpr size_t STAGE = 2 * TILE + SCALES;
-    /* The merge of a part takes a stage, or where tiles are widened, the room for that. */
-    static constexpr size_t SUMS = FA_DECODE_ROWS * LDO * 4;
-    static constexpr size_t WIDE = WIDEN ? fa_decode_max(FA_DECODE_KEYS * LD * sizeof(T), SUMS) : 0;
+    /* room for widened keys and values; the merge of a part takes that, or a stage */
+    static constexpr size_t WIDE = WIDEN ? 2 * FA_DECODE_KEYS * LD * sizeof(T) : 0;
     static constexpr size_t QUERY = FA_DECODE_ROWS * LD * sizeof(T), ENDS = (WARPS + 1) * FA_DECODE_ROWS * 8 + 32;
     /* two blocks to a multiprocessor where that leaves three stages, else one */
     static constexpr size_t HALF = (112 << 10) - QUERY - ENDS - WARPS * WIDE, WHOLE = HALF + (112 << 10);
@@ -44,7 +38,7 @@ template <typename T_, typename S_, int DP_, bool MOD_> struct fa_decode_config 
     static constexpr int STAGES = FIT > 6 ? 6 : (int)FIT;
     static constexpr size_t WARP_BYTES = WIDE + STAGES * STAGE;
     static constexpr size_t SHARED = QUERY + ENDS + WARPS * WARP_BYTES;
-    static_assert(WIDEN || STAGE >= SUMS, "a stage must hold the sums of a warp");
+    static_assert((WIDEN ? WIDE : STAGE) >= FA_DECODE_ROWS * LDO * 4, "the sums of a warp must have room");
     static_assert(STAGES >= 3, "two tiles under way and one in use");
 };
 
@@ -168,16 +162,22 @@ __device__ __forceinline__ void fa_decode_copy_each(char *to, const char *head, 
                                                     bool vectors)
 {
     using S = typename C::S;
-    constexpr int VEC = 16 / (int)sizeof(S);
+    using F = fa_decode_source<C>;
+    const int lane = threadIdx.x % 32;
+    if (vectors) {
+#pragma unroll
+        for (int r = 0; r < FA_DECODE_KEYS; r += F::ROWS) {
+            const int64_t row = __shfl_sync(0xffffffffu, at, r + lane / F::LANES);
+            char *own = to + (r + lane / F::LANES) * C::LDS * F::SIZE;
+            for (int c = lane % F::LANES * 16; c < C::DP * F::SIZE; c += F::LANES * 16)
+                ptx_cp_async(own + c, head + (row < 0 ? 0 : row + c), row >= 0 && c < d * F::SIZE ? 16 : 0);
+        }
+        return;
+    }
     for (int r = 0; r < FA_DECODE_KEYS; r++) {
         const int64_t row = __shfl_sync(0xffffffffu, at, r);
         S *own = (S *)to + r * C::LDS;
-        if (vectors) {
-            for (int c = threadIdx.x % 32 * VEC; c < C::DP; c += 32 * VEC)
-                ptx_cp_async(own + c, head + (row < 0 ? 0 : row + c * (int)sizeof(S)), row >= 0 && c < d ? 16 : 0);
-            continue;
-        }
-        for (int c = threadIdx.x % 32; c < C::DP; c += 32) {
+        for (int c = lane; c < C::DP; c += 32) {
             if (row >= 0 && c < d)
                 own[c] = ((const S *)(head + row))[c * stride];
             else
@@ -270,6 +270,7 @@ template <class C> struct fa_decode_rows {
     int end[2];      /* they see no key from it on */
     float scale;
     /* with options */
+    bool bare; /* none of these */
     fa_scores scores;
     float slope[2];
     const char *mask[2]; /* the row's first element */
@@ -280,6 +281,7 @@ __device__ __forceinline__ void fa_decode_rows_of(fa_decode_rows<C> *rows, const
                                                   const fa_decode_work &w)
 {
     rows->scale = p.scale;
+    rows->bare = !C::MOD || (p.a.softcap == 0 && !p.a.mask.data && !p.a.tree_mask.data && !p.a.alibi.data);
     if (C::WIDEN && !p.a.scale_per_token)
         rows->scale *= ((const float *)p.a.k_scale.data)[fa_decode_scale_at(&p.a.k_scale, w)];
 #pragma unroll
@@ -305,10 +307,15 @@ __device__ __forceinline__ void fa_decode_score(float (&s)[2][4], const fa_decod
                                                 const fa_decode_params &p, int k0, bool edges, const float *sScale)
 {
     const int t = threadIdx.x % 4;
-    if (!C::MOD && !edges) {
+    if (rows.bare && !edges) {
 #pragma unroll
-        for (int x = 0; x < 8; x++)
-            s[x / 4][x % 4] = __fmul_rn(s[x / 4][x % 4], rows.scale);
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                s[n][e] = __fmul_rn(s[n][e], rows.scale);
+                if (C::WIDEN && sScale)
+                    s[n][e] = __fmul_rn(s[n][e], sScale[n * 8 + t * 2 + e % 2]);
+            }
         return;
     }
 #pragma unroll
@@ -442,16 +449,17 @@ __device__ static void fa_decode_wild(const float (&w)[2][4], fa_decode_sums<C::
     }
 }
 
-/* A tile as the products read it. */
-template <class C>
-__device__ __forceinline__ typename C::T *fa_decode_operand(char *tile, char *wide, const fa_decode_params &p)
+/* Keys and values of a stage in the dtype of the query, one behind the other. */
+template <class C> __device__ __forceinline__ typename C::T *fa_decode_widened(char *stage, char *wide, bool float8)
 {
+    using T = typename C::T;
     if constexpr (C::WIDEN) {
-        typename C::T *to = (typename C::T *)wide;
-        fa_widen_tile<FA_DECODE_KEYS, C::DP>(to, C::LD, (const uint8_t *)tile, C::LDS, p.float8);
-        return to;
+        __syncwarp();
+        fa_widen_tile<2 * FA_DECODE_KEYS, C::DP>((T *)wide, C::LD, (const uint8_t *)stage, C::LDS, float8);
+        __syncwarp();
+        return (T *)wide;
     } else {
-        return (typename C::T *)tile;
+        return (T *)stage;
     }
 }
 
@@ -502,13 +510,13 @@ __device__ __forceinline__ void fa_decode_tile(fa_decode_sums<C::NA> &r, const f
     using T = typename C::T;
     const bool edges = k0 < w.all_lo || k0 + FA_DECODE_KEYS > w.all_hi;
     const float *sScale = C::WIDEN && p.a.scale_per_token ? (const float *)(stage + 2 * C::TILE) : NULL;
+    T *sK = fa_decode_widened<C>(stage, wide, p.float8), *sV = sK + FA_DECODE_KEYS * C::LD;
     float s[2][4];
-    fa_decode_dot<C>(s, q, fa_decode_operand<C>(stage, wide, p));
+    fa_decode_dot<C>(s, q, sK);
     fa_decode_score<C>(s, rows, p, k0, edges, sScale);
     fa_decode_softmax(s, r);
     if (C::WIDEN && sScale)
         fa_decode_scale_weights(s, r, sScale + FA_DECODE_KEYS);
-    T *sV = fa_decode_operand<C>(stage + C::TILE, wide, p);
     if (edges || (C::MOD && rows.scores.mask))
         fa_decode_wild<C>(s, r, sV);
     fa_product_kn<T>(r.acc, s, sV, C::LD);

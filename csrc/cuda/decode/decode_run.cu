@@ -4,7 +4,7 @@
 #define ENTRY(name) {"fa_decode_smxx_" #name, fa_decode_smxx_##name, fa_decode_shape_##name},
 
 /* dtypes, each with its dimensions, then the same of quantised keys */
-enum { DTYPES = 3, DIMS = 3, KINDS = 2 };
+static const int DTYPES = 3, DIMS = 3, KINDS = 2;
 
 static const struct entry {
     const char *name;
@@ -55,7 +55,7 @@ static bool can(const fa_args *a, int device)
  * By the shape alone, so that results are the same on every GPU; by that of one sequence where it counts as alone. */
 
 enum {
-    BLOCKS = 264,      /* two for each multiprocessor of a large GPU */
+    BLOCKS = 128,      /* one for each multiprocessor of a large GPU */
     KEYS_LEAST = 128,  /* of a part */
     KEYS_RUN = 2048,   /* of a block at most, where parts are smaller */
     PARTS_MOST = 128,

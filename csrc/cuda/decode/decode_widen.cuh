@@ -85,35 +85,34 @@ __device__ __forceinline__ void fa_widen4(__nv_bfloat16 *to, uint32_t x, fa_stor
 
 /* ---- a tile of one warp ------------------------------------------------------------------------------------------- */
 
-/* ROWS rows of WIDTH elements, a multiple of 64, by one warp */
+/* ROWS rows of WIDTH elements, a multiple of 64, by one warp: 16 bytes of the result at a time, side by side */
 template <typename S, int ROWS, int WIDTH, typename T>
 __device__ __forceinline__ void fa_widen_rows(T *to, int to_ld, const uint8_t *from, int from_ld)
 {
-    constexpr int CHUNKS = WIDTH / 16;
-#pragma unroll
+    constexpr int VEC = 16 / (int)sizeof(T), CHUNKS = WIDTH / VEC;
+#pragma unroll 8
     for (int x = threadIdx.x % 32; x < ROWS * CHUNKS; x += 32) {
-        const int r = x / CHUNKS, c = x % CHUNKS * 16;
-        const uint4 stored = *(const uint4 *)(from + r * from_ld + c);
-        const uint32_t words[4] = {stored.x, stored.y, stored.z, stored.w};
-        __align__(16) T wide[16];
+        const int r = x / CHUNKS, c = x % CHUNKS * VEC;
+        __align__(8) uint32_t stored[VEC / 4];
+        if constexpr (VEC == 8)
+            *(uint2 *)stored = *(const uint2 *)(from + r * from_ld + c);
+        else
+            stored[0] = *(const uint32_t *)(from + r * from_ld + c);
+        __align__(16) T wide[VEC];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            fa_widen4(wide + 4 * i, words[i], S());
-#pragma unroll
-        for (int i = 0; i < (int)sizeof(T); i++)
-            ((uint4 *)(to + r * to_ld + c))[i] = ((const uint4 *)wide)[i];
+        for (int i = 0; i < VEC / 4; i++)
+            fa_widen4(wide + 4 * i, stored[i], S());
+        *(uint4 *)(to + r * to_ld + c) = *(const uint4 *)wide;
     }
 }
 
 template <int ROWS, int WIDTH, typename T>
 __device__ __forceinline__ void fa_widen_tile(T *to, int to_ld, const uint8_t *from, int from_ld, bool float8)
 {
-    __syncwarp();
     if (float8)
         fa_widen_rows<fa_stored_f8, ROWS, WIDTH>(to, to_ld, from, from_ld);
     else
         fa_widen_rows<fa_stored_i8, ROWS, WIDTH>(to, to_ld, from, from_ld);
-    __syncwarp();
 }
 
 #endif
