@@ -27,7 +27,7 @@ struct fa_decode_params {
     const void *lengths, *table; /* kv_seqlens, block_table; may be NULL */
     int64_t length_step, table_step, table_page_step; /* elements to the next sequence, page */
     bool lengths_wide, table_wide; /* 64 bits, else 32 */
-    int page_size, page_shift; /* page_shift: its logarithm */
+    int page_size, page_shift; /* the shift: of a power of two */
     bool regular;              /* the 16 keys of a tile lie at equal distances, in vectors */
     bool q_vectors, k_vectors;
     bool float8; /* of quantised keys: float8_e4m3fn, else int8 */
@@ -54,7 +54,7 @@ __device__ __forceinline__ int64_t fa_decode_index(const void *data, bool wide, 
 }
 
 /* One sequence, and how its keys are cut: by its own lengths and the shape of a batch of 1, so that its bits depend on
- * nothing else. Keys lo .. hi - 1, lo a multiple of FA_DECODE_STEP as `part` is; without any, one part that is empty. */
+ * nothing else. Keys lo .. hi - 1, lo a multiple of FA_DECODE_STEP as `part` is; without any, one empty part. */
 struct fa_decode_sequence {
     int q_len, k_len, offset; /* as fa_span */
     int lo, hi, part, parts;

@@ -1,6 +1,6 @@
 /* Few query rows against many keys: K and V are streamed once. A block has the query rows of one key head (up to 16, of
- * all its query heads) and a run of parts of a sequence's keys. Each warp takes every fourth tile of 16 keys and has a
- * ring of them in shared memory of its own, so that warps meet only at the end of a part, where their sums are merged.
+ * all its query heads) and a run of parts of a sequence's keys. Its warps take tiles of 16 keys in turn, each with a
+ * ring of them in shared memory of its own, so that they meet only at the end of a part, where their sums are merged.
  *
  *   time ->        tile i                               tile i + 1
  *   copies         [ K, V of tile i + STAGES - 1 ...    [ K, V of tile i + STAGES ...
@@ -19,8 +19,8 @@
 #include "decode.cuh"
 #include "decode_widen.cuh"
 
-/* T: of the query; S: as keys are stored, T or bytes; DP: head dimensions up to it. MOD: also what is no vectors, masks, softcap,
- * ALiBi. */
+/* T: of the query; S: as keys are stored, T or bytes; DP: head dimensions up to it. MOD: also what is no vectors, masks,
+ * softcap, ALiBi, q_seqlens. */
 template <typename T_, typename S_, int DP_, bool MOD_> struct fa_decode_config {
     using T = T_;
     using S = S_;
@@ -110,7 +110,7 @@ __device__ __forceinline__ int64_t fa_decode_scale_at(const fa_tensor *t, const 
     return (t->size[0] > 1 ? w.n * t->stride[0] : 0) + (t->size[1] > 1 ? w.hk * t->stride[1] : 0);
 }
 
-/* ---- tiles of keys into a stage ----------------------------------------------------------------------------------- */
+/* ---- tiles of keys into a stage ---------------------------------------------------------------------------------- */
 
 /* What a lane keeps to copy tiles: its own row and columns of the head, of the first tile of keys that there are. */
 template <class C> struct fa_decode_source {
@@ -522,7 +522,7 @@ __device__ __forceinline__ void fa_decode_tile(fa_decode_sums<C::NA> &r, const f
     fa_product_kn<T>(r.acc, s, sV, C::LD);
 }
 
-/* ---- the end of a part -------------------------------------------------------------------------------------------- */
+/* ---- the end of a part ------------------------------------------------------------------------------------------- */
 
 /* What the block shares besides tiles. */
 template <class C> struct fa_decode_ends {
@@ -655,7 +655,7 @@ __device__ __forceinline__ void fa_decode_end(fa_decode_sums<C::NA> &r, const fa
     __syncthreads();
 }
 
-/* ---- the block ---------------------------------------------------------------------------------------------------- */
+/* ---- the block --------------------------------------------------------------------------------------------------- */
 
 template <class C> __device__ __forceinline__ char *fa_decode_next(char *stage, char *first)
 {

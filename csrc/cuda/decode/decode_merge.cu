@@ -21,7 +21,8 @@ __device__ static float2 whole_of(const float2 *sums, int parts)
 }
 
 /* columns c0 + 4 lane .. + 3 of the next AHEAD parts of this warp, from part `first` on */
-__device__ __forceinline__ void load_parts(float4 (&x)[AHEAD], const float *values, int first, int parts, int dv, int c0)
+__device__ __forceinline__ void load_parts(float4 (&x)[AHEAD], const float *values, int first, int parts, int dv,
+                                           int c0)
 {
     const int c = c0 + threadIdx.x % 32 * 4;
 #pragma unroll
@@ -66,9 +67,9 @@ __global__ void __launch_bounds__(32 * WARPS) fa_decode_merge_kernel(const __gri
     const int query = blockIdx.x, h = blockIdx.y, n = blockIdx.z, dv = (p.dv + 3) / 4 * 4;
     const int64_t index = ((int64_t)n * gridDim.y + h) * gridDim.x + query;
     const fa_decode_sequence seq = fa_decode_sequence_of(p, n, a->q_seqlens.data != NULL);
+    ptx_grid_wait(); /* all of it waits: what comes behind this launch relies on both */
     if (seq.parts == 1) /* the decode kernel has written it */
         return;
-    ptx_grid_wait();
     const float2 *sums = (const float2 *)p.sums + index * p.parts;
     const float *values = p.values + index * p.parts * dv;
     const int warp = threadIdx.x / 32;

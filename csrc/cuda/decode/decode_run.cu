@@ -96,19 +96,29 @@ static void describe_keys(const fa_args *a, fa_decode_params *p)
     p->regular = p->k_vectors && (!p->table || whole_tiles);
 }
 
-/* What the cut of the keys depends on; the keys that a window shows are fewer. */
+/* keys that the queries of a sequence see at most, from a multiple of the step on */
+static int64_t keys_seen(const fa_decode_params &p)
+{
+    const int64_t window = (int64_t)p.left + p.right + p.queries + FA_DECODE_STEP;
+    return fa_max64(1, fa_min64(p.room, window));
+}
+
+/* keys of a part of the longest sequence */
+static int64_t longest_part(const fa_decode_params &p)
+{
+    return fa_round_up(fa_max64(fa_ceil_div(keys_seen(p), p.parts_wanted), p.least), FA_DECODE_STEP);
+}
+
 static void cut_keys(const fa_args *a, fa_decode_params *p)
 {
-    const int64_t seen = (int64_t)p->left + p->right + p->queries + FA_DECODE_STEP;
-    const int64_t keys = fa_max64(1, fa_min64(p->room, seen)), sequences = a->q.size[0];
+    const int64_t keys = keys_seen(*p), sequences = a->q.size[0];
     const int64_t alone = fa_max64(1, (int64_t)p->tiles * p->heads * (a->by_sequence ? 1 : sequences));
     const int64_t wanted = fa_min64(fa_ceil_div(BLOCKS, alone), PARTS_MOST);
     p->parts_wanted = (int)(a->splits_wanted > 0 ? fa_min64(a->splits_wanted, SPLITS_MOST) : wanted);
     p->least = a->splits_wanted > 0 ? (int)FA_DECODE_STEP : (int)KEYS_LEAST;
     p->parts = (int)fa_min64(p->parts_wanted, fa_ceil_div(keys, p->least));
-    const int64_t part = fa_round_up(fa_max64(fa_ceil_div(keys, p->parts_wanted), p->least), FA_DECODE_STEP);
     p->keys_wanted = (int)fa_min64(KEYS_RUN, p->tiles * p->heads * sequences * keys / BLOCKS);
-    p->runs = (int)fa_ceil_div(p->parts, fa_decode_run(p->keys_wanted, (int)part));
+    p->runs = (int)fa_ceil_div(p->parts, fa_decode_run(p->keys_wanted, (int)longest_part(*p)));
     const int64_t row_bytes = (p->d + p->dv) * (int64_t)fa_dtype_size(a->k.dtype);
     p->once = p->tiles == 1 && sequences * p->heads * keys * row_bytes > CACHE_BYTES;
 }
@@ -157,7 +167,7 @@ static void plan_forward(const fa_args *a, int device, fa_plan *plan)
     plan->block_keys = FA_DECODE_STEP;
     plan->panels = p.tiles;
     plan->splits = p.parts;
-    plan->split_keys = fa_round_up(fa_max64(fa_ceil_div(p.room, p.parts), p.least), FA_DECODE_STEP);
+    plan->split_keys = longest_part(p);
     plan->tasks = blocks_of(p);
     plan->threads = shape.threads;
     plan->thread_bytes = shape.shared;

@@ -83,7 +83,7 @@ __device__ __forceinline__ void fa_widen4(__nv_bfloat16 *to, uint32_t x, fa_stor
     ((__nv_bfloat162 *)to)[1] = __floats2bfloat162_rn(wide[2], wide[3]);
 }
 
-/* ---- a tile of one warp ------------------------------------------------------------------------------------------- */
+/* ---- a tile of one warp ------------------------------------------------------------------------------------------ */
 
 /* ROWS rows of WIDTH elements, a multiple of 64, by one warp: 16 bytes of the result at a time, side by side */
 template <typename S, int ROWS, int WIDTH, typename T>
