@@ -11,7 +11,8 @@ from cases import FLOATS, OPTIONS, Case, build, upstream
 from compare import check_case, differentiate, ours
 from conftest import devices
 from flashattn_ext import _C
-from sequences import LSE, Packed, normal
+from sequences import LSE, QUANTISED, Packed, normal, paginate, quantise
+from test_decode import Step
 
 pytestmark = [pytest.mark.skipif("cuda" not in devices(), reason="needs a GPU and a build with CUDA"),
               pytest.mark.usefixtures("on_gpu")]
@@ -184,6 +185,105 @@ def test_explain_on_a_gpu():
     plan = fa.explain(torch.empty(2, 4, 300, 64, dtype=torch.bfloat16), *torch.empty(2, 2, 2, 300, 64).bfloat16(),
                       enable_gqa=True)
     assert plan.kernel in {k["name"] for k in fa.kernels() if k["usable"]} and "blocks of" in str(plan)
+
+
+# ---- few query rows --------------------------------------------------------------------------------------------------
+
+# What goes to the decode kernels of its own accord: every option, a few rows, more keys than a part has.
+FEW_ROWS = [
+    Case(B=2, HQ=8, HK=2, SQ=1, SK=1030, D=64),
+    Case(B=2, HQ=4, HK=4, SQ=16, SK=700, D=128, options=("lower_right",)),
+    Case(B=1, HQ=40, HK=1, SQ=1, SK=300, D=256, DV=72),
+    Case(B=3, HQ=6, HK=2, SQ=3, SK=900, D=80, DV=128, options=("kv_lengths", "q_lengths", "lower_right")),
+    Case(B=2, HQ=4, HK=2, SQ=2, SK=1030, D=24, options=("mask_key", "sinks")),
+    Case(B=2, HQ=4, HK=2, SQ=5, SK=520, D=64, options=("mask_full", "softcap", "window_left")),
+    Case(B=2, HQ=8, HK=2, SQ=4, SK=400, D=128, options=("bias_head", "alibi", "kv_lengths")),
+    Case(B=2, HQ=2, HK=1, SQ=7, SK=150, D=40, DV=33, layout="strided", options=("causal",)),
+    Case(B=2, HQ=2, HK=1, SQ=2, SK=0, D=64),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", FEW_ROWS, ids=lambda c: c.id)
+def test_few_rows_are_right(case, dtype):
+    made = case.but(dtype=dtype)
+    plan = _C.plan("forward", dtype, made.B, made.HQ, made.HK, made.SQ, made.SK, made.D, made.DV or made.D, threads=1,
+                   device=0)
+    assert "_decode_" in plan["kernel"]
+    check_case(made)
+
+
+def test_many_rows_go_elsewhere():
+    for SQ, HQ, D in ((17, 2, 64), (16, 10, 64), (1, 2, 257)):
+        assert "_decode_" not in _C.plan("forward", "bfloat16", 1, HQ, 2, SQ, 500, D, D, threads=1, device=0)["kernel"]
+
+
+CACHES = {
+    "dense": {},
+    "softcap": dict(softcap=3.0, alibi=True, sinks=True),
+    "window": dict(window=(300, None)),
+}
+
+
+@pytest.mark.parametrize("stored", [None, *QUANTISED], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [None, 1, 48])
+@pytest.mark.parametrize("options", CACHES, ids=str)
+def test_long_caches_are_right(options, page_size, D, dtype, stored):
+    lengths = [900, 3, 0, 2048, 411]
+    step = Step(dtype, 2, lengths, 2048, HQ=8, HK=2, D=D, **CACHES[options])
+    k, v, scales = step.k, step.v, {}
+    if stored:
+        (k, scales["k_scale"]), (v, scales["v_scale"]) = (quantise(x, stored, "token") for x in (k, v))
+    dense = {"k_cache": k, "v_cache": v, **scales}
+    given = dict(dense)
+    if page_size:
+        *pools, given["block_table"] = paginate(dense.values(), page_size, lengths)
+        given.update(zip(dense, pools))
+    got = step.call(**given)
+    wide = [x.double() * (scales[name][..., None].double() if scales else 1)
+            for name, x in (("k_scale", k), ("v_scale", v))]
+    ref = step.eager(step.q.double(), *wide, lengths)
+    step.check(got, ref, lengths, *wide, least=4.0 if stored else 1.0)
+    for length, out, lse in zip((3, 2048), *(x[[1, 3]] for x in got)):
+        one = {name: x[[lengths.index(length)]] for name, x in given.items() if name == "block_table" or not page_size
+               or x.shape[0] == len(lengths)}
+        b = lengths.index(length)
+        alone = step.call(**{**given, **one}, query=step.q[[b]], cache_seqlens=step.seqlens[[b]])
+        assert torch.equal(alone[0][0], out) and torch.equal(alone[1][0], lse)
+
+
+def test_values_that_are_no_numbers():
+    """NaN in hidden rows of V reaches nobody, in visible rows everybody who sees them; of float8 too."""
+    for stored in (torch.bfloat16, torch.float8_e4m3fn):
+        q, k, v = torch.randn(1, 5, 4, 64).bfloat16(), torch.randn(1, 300, 2, 64), torch.randn(1, 300, 2, 64)
+        v[:, 297] = math.nan
+        scales = dict(k_scale=torch.ones(()), v_scale=torch.ones(())) if stored != torch.bfloat16 else {}
+        out = fa.decode_attention(q, k.to(stored), v.to(stored), torch.tensor([300]), **scales)
+        assert torch.isfinite(out[:, :2]).all() and torch.isnan(out[:, 2:]).all()
+
+
+def test_rows_in_any_layout_have_the_same_bits():
+    """The kernel without options and the one with them, which also reads single elements, round alike."""
+    step = Step(torch.bfloat16, 1, [700, 0, 1500], 1500, HQ=8, HK=2, D=128)
+    want = step.call()
+    odd = [torch.zeros(*x.shape[:3], 2 * 128 + 1, dtype=x.dtype)[..., 1::2].copy_(x) for x in (step.k, step.v)]
+    for got, x in zip(step.call(k_cache=odd[0], v_cache=odd[1]), want):
+        assert torch.equal(got, x)
+
+
+def test_replays_follow_the_lengths():
+    step = Step(torch.bfloat16, 1, [2000, 2000], 2000, HQ=8, HK=2, D=128)
+    lengths = step.seqlens.clone()
+    fa.decode_attention(step.q, step.k, step.v, lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fa.decode_attention(step.q, step.k, step.v, lengths)
+    for now in ([1, 1999], [300, 0], [2000, 64]):
+        lengths.copy_(torch.tensor(now))
+        graph.replay()
+        assert torch.equal(captured, fa.decode_attention(step.q, step.k, step.v, lengths))
 
 
 # ---- streams and graphs ----------------------------------------------------------------------------------------------

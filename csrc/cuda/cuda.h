@@ -14,7 +14,7 @@ extern "C" {
 
 /* What a family of kernels offers for one direction. All tensors of `a` are memory of the current device. */
 typedef struct fa_cuda_family {
-    const char *target; /* "sm90", "sm80", "plain" */
+    const char *target; /* "decode", "sm90", "sm80", "plain" */
     bool (*runs_on)(int major); /* its code runs on this compute capability; 0: no GPU */
     bool (*kernel)(int i, fa_kernel_info *info); /* name and dtype of its i-th kernel; false behind the last */
     bool (*can)(const fa_args *a, int device);
@@ -23,7 +23,7 @@ typedef struct fa_cuda_family {
     bool by_name; /* chosen only where FLASHATTN_EXT_CUDA_ARCH names it */
 } fa_cuda_family;
 
-extern const fa_cuda_family fa_fwd_sm90, fa_bwd_sm90, fa_fwd_sm80, fa_bwd_sm80, fa_fwd_plain,
+extern const fa_cuda_family fa_fwd_decode, fa_fwd_sm90, fa_bwd_sm90, fa_fwd_sm80, fa_bwd_sm80, fa_fwd_plain,
     fa_bwd_plain;
 
 /* Compute capability 8.0 and everything newer. */

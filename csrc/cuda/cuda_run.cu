@@ -9,7 +9,7 @@
 
 /* To add one: its fa_cuda_family in cuda.h, an entry here, its sources in CMakeLists.txt. The last of a list takes
  * every call. */
-static const fa_cuda_family *const FORWARD[] = {&fa_fwd_sm90, &fa_fwd_sm80, &fa_fwd_plain};
+static const fa_cuda_family *const FORWARD[] = {&fa_fwd_decode, &fa_fwd_sm90, &fa_fwd_sm80, &fa_fwd_plain};
 static const fa_cuda_family *const BACKWARD[] = {&fa_bwd_sm90, &fa_bwd_sm80, &fa_bwd_plain};
 
 struct families {
@@ -150,9 +150,9 @@ int fa_cuda_kernels(fa_kernel_info *list, int n)
         const families f = families_of(backward);
         for (int i = 0; i < f.n; i++) {
             fa_kernel_info info = {};
+            info.op = backward ? "bwd" : "fwd";
             for (int k = 0; f.list[i]->kernel(k, &info); k++, count++) {
                 info.target = f.list[i]->target;
-                info.op = backward ? "bwd" : "fwd";
                 info.usable = f.list[i]->runs_on(major);
                 if (count < n)
                     list[count] = info;

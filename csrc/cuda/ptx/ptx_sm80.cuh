@@ -66,6 +66,32 @@ __device__ __forceinline__ void ptx_cp_async(void *to, const void *from, int byt
                  : "memory");
 }
 
+/* how the second-level cache treats what is read: kept like all else, or the first to go */
+__device__ __forceinline__ uint64_t ptx_cache_policy(bool once)
+{
+    uint64_t policy;
+    if (once)
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    else
+        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+/* ptx_cp_async with a policy */
+__device__ __forceinline__ void ptx_cp_async_policy(void *to, const void *from, int bytes, uint64_t policy)
+{
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(ptx_shared(to)), "l"(from),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
+}
+
+/* the same of 4 bytes, or 0 */
+__device__ __forceinline__ void ptx_cp_async_4(void *to, const void *from, int bytes)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(ptx_shared(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void ptx_cp_async_commit(void)
 {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -2,8 +2,10 @@
  * has no room in the cache, or no page, is dropped. */
 #include <float.h>
 
+#include <type_traits>
+
 #include "../cuda.h"
-#include "../tile/tile_seq.cuh"
+#include "../tile/tile_load.cuh"
 
 enum { WARPS = 4 };
 
@@ -72,6 +74,34 @@ __device__ static void move_row(const fa_append_args *a, const source &s, const 
     }
 }
 
+/* One angle of a rotary table in fp32 or T. */
+template <typename T> __device__ __forceinline__ float angle_at(const fa_tensor *t, int64_t position, int64_t i)
+{
+    const int64_t at = position * t->stride[0] + i * t->stride[1];
+    return t->dtype == FA_F32 ? ((const float *)t->data)[at] : fa_to_f32(((const T *)t->data)[at]);
+}
+
+/* move_row of rows of T that lie without gaps, into the same: the same roundings. */
+template <typename T> __device__ static void move_row_of(const fa_append_args *a, const source &s, char *to)
+{
+    const fa_tensor *c = &a->rope_cos;
+    const T *row = (const T *)s.row;
+    const int width = (int)s.t->size[3];
+    const int half = s.position >= 0 && s.position < c->size[0] ? (int)c->size[1] : 0;
+#pragma unroll 4
+    for (int d = threadIdx.x % 32; d < width; d += 32) {
+        float x = fa_to_f32(row[d]);
+        if (d < 2 * half) {
+            const bool second = a->rope_interleaved ? d % 2 : d >= half;
+            const int angle = a->rope_interleaved ? d / 2 : d % half, step = a->rope_interleaved ? 1 : half;
+            const float other = fa_to_f32(row[second ? d - step : d + step]);
+            const float cosine = angle_at<T>(c, s.position, angle), sine = angle_at<T>(&a->rope_sin, s.position, angle);
+            x = second ? other * sine + x * cosine : x * cosine - other * sine;
+        }
+        ((T *)to)[d] = fa_from<T>(x);
+    }
+}
+
 /* ---- append ------------------------------------------------------------------------------------------------------ */
 
 /* Sequence n, row i of it, and where that is: in k_new (b, s) and in the cache (batch, row). */
@@ -128,8 +158,19 @@ __device__ static float *scale_at(const fa_append_args *a, const fa_tensor *t, c
     return (float *)address(t, t->size[0] > 1 ? p.n : 0, t->size[1] > 1 ? h : 0, 0);
 }
 
+/* T: what move_row_of takes, else void */
+template <typename T>
+__device__ __forceinline__ void move(const fa_append_args *a, const source &s, const fa_tensor *target, char *to,
+                                     float *scale)
+{
+    if constexpr (std::is_void<T>::value)
+        move_row(a, s, target, to, scale);
+    else
+        move_row_of<T>(a, s, to);
+}
+
 /* warp = (token, head, key or value) of k_new, then (token, head) of q */
-__global__ void fa_append_kernel(const __grid_constant__ fa_append_args args)
+template <typename T> __global__ void fa_append_kernel(const __grid_constant__ fa_append_args args)
 {
     const fa_append_args *a = &args;
     int64_t id = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
@@ -140,8 +181,8 @@ __global__ void fa_append_kernel(const __grid_constant__ fa_append_args args)
         const place p = place_of(a, id / 2 / heads);
         const fa_tensor *from = value ? &a->v_new : &a->k_new, *to = value ? &a->v_cache : &a->k_cache;
         if (p.exists)
-            move_row(a, {from, address(from, p.b, h, p.s), value || !a->rope_cos.data ? -1 : p.position}, to,
-                     address(to, p.batch, h, p.row), scale_at(a, value ? &a->v_scale : &a->k_scale, p, h));
+            move<T>(a, {from, address(from, p.b, h, p.s), value || !a->rope_cos.data ? -1 : p.position}, to,
+                    address(to, p.batch, h, p.row), scale_at(a, value ? &a->v_scale : &a->k_scale, p, h));
         return;
     }
     id -= fresh * heads * 2;
@@ -149,15 +190,37 @@ __global__ void fa_append_kernel(const __grid_constant__ fa_append_args args)
         return;
     const int64_t i = id % a->q.size[2], h = id / a->q.size[2] % a->q.size[1], n = id / a->q.size[2] / a->q.size[1];
     const int64_t position = fa_index(&a->seqlens, n * a->seqlens.stride[0]) + i;
-    move_row(a, {&a->q, address(&a->q, n, h, i), position < 0 ? 0 : position}, &a->q_out, address(&a->q_out, n, h, i),
-             NULL);
+    move<T>(a, {&a->q, address(&a->q, n, h, i), position < 0 ? 0 : position}, &a->q_out, address(&a->q_out, n, h, i),
+            NULL);
+}
+
+/* Is there a kernel for its dtype alone? */
+static bool is_usual(const fa_append_args *a)
+{
+    const fa_dtype dtype = a->k_new.data ? a->k_new.dtype : a->q.dtype;
+    const fa_tensor *rows[] = {&a->k_new, &a->v_new, &a->k_cache, &a->v_cache, &a->q, &a->q_out};
+    for (const fa_tensor *t : rows)
+        if (t->data && (t->dtype != dtype || (t->stride[3] != 1 && t->size[3] > 1)))
+            return false;
+    return dtype != FA_F64;
+}
+
+static void (*append_kernel(const fa_append_args *a))(fa_append_args)
+{
+    if (!is_usual(a))
+        return fa_append_kernel<void>;
+    switch (a->k_new.data ? a->k_new.dtype : a->q.dtype) {
+    case FA_BF16: return fa_append_kernel<__nv_bfloat16>;
+    case FA_F16: return fa_append_kernel<__half>;
+    default: return fa_append_kernel<float>;
+    }
 }
 
 fa_status fa_append_launch(const fa_append_args *a, cudaStream_t stream, fa_error *err)
 {
     const int64_t fresh = a->k_new.data ? 2 * a->k_new.size[0] * a->k_new.size[1] * a->k_new.size[2] : 0;
     const int64_t queries = a->q.data ? a->q.size[0] * a->q.size[1] * a->q.size[2] : 0;
-    return fa_launch("fa_append", fa_append_kernel, fa_ceil_div(fresh + queries, WARPS), 1, 32 * WARPS, 0, stream, *a,
+    return fa_launch("fa_append", append_kernel(a), fa_ceil_div(fresh + queries, WARPS), 1, 32 * WARPS, 0, stream, *a,
                      err);
 }
 
