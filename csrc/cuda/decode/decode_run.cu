@@ -55,7 +55,8 @@ static bool can(const fa_args *a, int device)
  * By the shape alone, so that results are the same on every GPU; by that of one sequence where it counts as alone. */
 
 enum {
-    BLOCKS = 128,      /* one for each multiprocessor of a large GPU */
+    BLOCKS = 128,      /* one for each multiprocessor of a large GPU; */
+    BLOCKS_QUANTISED = 256, /* two where keys are widened: more warps hide it */
     KEYS_LEAST = 128,  /* of a part */
     KEYS_RUN = 2048,   /* of a block at most, where parts are smaller */
     PARTS_MOST = 128,
@@ -113,11 +114,12 @@ static void cut_keys(const fa_args *a, fa_decode_params *p)
 {
     const int64_t keys = keys_seen(*p), sequences = a->q.size[0];
     const int64_t alone = fa_max64(1, (int64_t)p->tiles * p->heads * (a->by_sequence ? 1 : sequences));
-    const int64_t wanted = fa_min64(fa_ceil_div(BLOCKS, alone), PARTS_MOST);
+    const int64_t blocks = fa_is_quantised(a->k.dtype) ? BLOCKS_QUANTISED : BLOCKS;
+    const int64_t wanted = fa_min64(fa_ceil_div(blocks, alone), PARTS_MOST);
     p->parts_wanted = (int)(a->splits_wanted > 0 ? fa_min64(a->splits_wanted, SPLITS_MOST) : wanted);
     p->least = a->splits_wanted > 0 ? (int)FA_DECODE_STEP : (int)KEYS_LEAST;
     p->parts = (int)fa_min64(p->parts_wanted, fa_ceil_div(keys, p->least));
-    p->keys_wanted = (int)fa_min64(KEYS_RUN, p->tiles * p->heads * sequences * keys / BLOCKS);
+    p->keys_wanted = (int)fa_min64(KEYS_RUN, p->tiles * p->heads * sequences * keys / blocks);
     p->runs = (int)fa_ceil_div(p->parts, fa_decode_run(p->keys_wanted, (int)longest_part(*p)));
     const int64_t row_bytes = (p->d + p->dv) * (int64_t)fa_dtype_size(a->k.dtype);
     p->once = p->tiles == 1 && sequences * p->heads * keys * row_bytes > CACHE_BYTES;
