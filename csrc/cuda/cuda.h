@@ -20,7 +20,6 @@ typedef struct fa_cuda_family {
     bool (*can)(const fa_args *a, int device);
     void (*plan)(const fa_args *a, int device, fa_plan *plan); /* kernel, tiles, splits, workspace */
     fa_status (*launch)(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream, fa_error *err);
-    bool by_name; /* chosen only where FLASHATTN_EXT_CUDA_ARCH names it */
 } fa_cuda_family;
 
 extern const fa_cuda_family fa_fwd_decode, fa_fwd_sm90, fa_bwd_sm90, fa_fwd_sm80, fa_bwd_sm80, fa_fwd_plain,

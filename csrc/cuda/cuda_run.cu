@@ -33,11 +33,9 @@ static const fa_cuda_family *family_of(const fa_args *a, bool backward)
         if (!strcmp(f.list[i]->target, asked))
             first = i;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, a->device);
-    for (int i = first < 0 ? 0 : first; i < f.n - 1; i++) {
-        const bool allowed = i == first || !f.list[i]->by_name;
-        if (allowed && f.list[i]->runs_on(major) && f.list[i]->can(a, a->device))
+    for (int i = first < 0 ? 0 : first; i < f.n - 1; i++)
+        if (f.list[i]->runs_on(major) && f.list[i]->can(a, a->device))
             return f.list[i];
-    }
     return f.list[f.n - 1];
 }
 

@@ -96,4 +96,4 @@ const fa_cuda_family fa_fwd_sm90 = {.target = "sm90", .runs_on = runs_on_hopper,
                                     .launch = launch_forward};
 const fa_cuda_family fa_bwd_sm90 = {.target = "sm90", .runs_on = runs_on_hopper,
                                     .kernel = kernel_backward, .can = can_backward, .plan = plan_backward,
-                                    .launch = launch_backward, .by_name = false};
+                                    .launch = launch_backward};
