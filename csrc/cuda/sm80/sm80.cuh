@@ -3,50 +3,64 @@
 #define FA_SM80_CUH
 
 #include "../cuda.h"
-#include "../tile/tile_mma.cuh"
+#include "../tile/tile_product.cuh"
 #include "../tile/tile_score.cuh"
 
 /* Which tensors can be read, or written, in vectors. */
-enum { FA_VEC_Q = 1, FA_VEC_K = 2, FA_VEC_V = 4, FA_VEC_DOUT = 8 };
+enum { FA_VEC_Q = 1, FA_VEC_K = 2, FA_VEC_V = 4, FA_VEC_DOUT = 8, FA_VEC_OUT = 16 };
 
 struct fa_sm80_params {
     fa_args a;
     int vectors;                /* FA_VEC_* */
     int64_t slots;              /* tiles of rows: fa_tile_slots */
+    int mask_width;             /* forward: columns of the mask that is read in vectors; 0: it is not */
+    size_t shared;              /* forward: bytes of shared memory of a block */
     int64_t splits, split_keys; /* forward: parts of the keys, a multiple of the tile's */
     float *partial;             /* [splits][B HQ SQ][2 + DV] where the keys are split */
     const float *lse2, *delta;  /* backward: [B HQ SQ], smxx_rows.cu */
 };
 
-/* Tiles for head dimensions up to dp. Forward: warps of 16 query rows, `cols` keys. Backward: warps of 16 rows, `cols`
- * columns; da: the columns of a result that one block sums. */
+/* Tiles for head dimensions up to dp. Forward: warps of 16 mt query rows, `cols` keys. Backward: warps of 16 mt rows,
+ * `cols` columns; da: the columns of a result that one block sums. */
 struct fa_sm80_tile {
-    int dp, warps, cols, da;
+    int dp, warps, mt, cols, da;
 };
 
-constexpr fa_sm80_tile fa_fwd_tile(int dp, bool f32)
+constexpr fa_sm80_tile fa_fwd_tile(int dp, bool f32, bool mod)
 {
-    return dp <= 128   ? fa_sm80_tile{dp, 4, 64, dp}
-           : dp == 256 ? fa_sm80_tile{256, 4, 32, 256}
-                       : fa_sm80_tile{512, 2, f32 ? 16 : 32, 256};
+    return dp <= 64    ? fa_sm80_tile{64, 4, 2, 64, 64}
+           : dp == 128 ? fa_sm80_tile{128, 4, 2, f32 ? 32 : 64, 128}
+           : dp == 256 ? fa_sm80_tile{256, 4, 1, f32 ? 16 : mod ? 32 : 64, 256}
+                       : fa_sm80_tile{512, 2, 1, f32 ? 16 : 32, 256};
 }
 
 constexpr fa_sm80_tile fa_bwd_tile(int dp, bool f32)
 {
-    return dp <= 128   ? fa_sm80_tile{dp, 4, 32, dp}
-           : dp == 256 ? fa_sm80_tile{256, f32 ? 2 : 4, f32 ? 16 : 32, 128}
-                       : fa_sm80_tile{512, f32 ? 1 : 2, 16, 128};
+    return dp <= 128   ? fa_sm80_tile{dp, 4, 1, 32, dp}
+           : dp == 256 ? fa_sm80_tile{256, f32 ? 2 : 4, 1, f32 ? 16 : 32, 128}
+                       : fa_sm80_tile{512, f32 ? 1 : 2, 1, 16, 128};
+}
+
+constexpr int fa_tile_rows(fa_sm80_tile t)
+{
+    return 16 * t.mt * t.warps;
 }
 
 /* bytes of shared memory of a forward and of a backward block; esize: bytes of an element */
 constexpr size_t fa_fwd_bytes(fa_sm80_tile t, size_t esize)
 {
-    return (size_t)(16 * t.warps + t.cols) * (t.dp * esize + 16) + (size_t)t.cols * (t.da * esize + 16) + 16;
+    return (size_t)(fa_tile_rows(t) + t.cols) * (t.dp * esize + 16) + (size_t)t.cols * (t.da * esize + 16);
+}
+
+/* and what a mask needs beside them, whose elements have esize bytes */
+constexpr size_t fa_fwd_mask_bytes(fa_sm80_tile t, size_t esize)
+{
+    return (size_t)fa_tile_rows(t) * t.cols * esize;
 }
 
 constexpr size_t fa_bwd_bytes(fa_sm80_tile t, size_t esize)
 {
-    return (size_t)(2 * (16 * t.warps + t.cols)) * (t.dp * esize + 16) + 8 * (size_t)t.cols + 16;
+    return (size_t)(2 * (fa_tile_rows(t) + t.cols)) * (t.dp * esize + 16) + 8 * (size_t)t.cols + 16;
 }
 
 /* One compiled pair of head dimension and dtype (sm80_fwd_tmpl.cu, sm80_bwd_tmpl.cu). */
@@ -65,9 +79,9 @@ FA_SM80_DECLARE(bwd, bf16)
 FA_SM80_DECLARE(bwd, f16)
 
 /* Is there a second kernel for calls that need no more than ranges of keys? */
-constexpr bool fa_has_plain(int dp, size_t esize)
+constexpr bool fa_has_plain(int dp, size_t esize, bool backward)
 {
-    return dp <= 128 && esize == 2;
+    return dp <= (backward ? 128 : 256) && esize == 2;
 }
 
 /* place of a call's head dimensions among these: 64, 128, 256, 512 */
@@ -77,12 +91,15 @@ static inline int fa_sm80_dim(const fa_args *a)
     return d <= 64 ? 0 : d <= 128 ? 1 : d <= 256 ? 2 : 3;
 }
 
-static inline int fa_sm80_vectors(const fa_args *a)
+/* rows: keys of a tile of forward; 0 in backward */
+static inline int fa_sm80_vectors(const fa_args *a, int rows)
 {
-    return (fa_rows_are_vectors(&a->q) ? FA_VEC_Q : 0) |
-           (a->k.dtype == a->q.dtype && fa_rows_are_vectors(&a->k) ? FA_VEC_K : 0) |
-           (a->v.dtype == a->q.dtype && fa_rows_are_vectors(&a->v) ? FA_VEC_V : 0) |
-           (a->dout.data && fa_rows_are_vectors(&a->dout) ? FA_VEC_DOUT : 0);
+    const bool like_q = a->k.dtype == a->q.dtype;
+    const bool k = like_q && (rows ? fa_keys_are_vectors(a, &a->k, rows) : fa_rows_are_vectors(&a->k));
+    const bool v = like_q && (rows ? fa_keys_are_vectors(a, &a->v, rows) : fa_rows_are_vectors(&a->v));
+    return (fa_rows_are_vectors(&a->q) ? FA_VEC_Q : 0) | (k ? FA_VEC_K : 0) | (v ? FA_VEC_V : 0) |
+           (a->dout.data && fa_rows_are_vectors(&a->dout) ? FA_VEC_DOUT : 0) |
+           (fa_rows_are_vectors(&a->out) ? FA_VEC_OUT : 0);
 }
 
 /* Does a call need more than ranges of keys? */

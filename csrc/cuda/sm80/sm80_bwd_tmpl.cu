@@ -24,7 +24,7 @@ fa_status FA_CAT(bwd, FA_TYPE, FA_DP)(const char *name, fa_sm80_pass pass, const
     using M = fa_bwd_config<FA_T, FA_DP, false, true>;
     if (pass == FA_PASS_DMASK)
         return fa_launch(name, fa_dmask_sm80<M>, blocks, 1, M::THREADS, M::SHARED, stream, p, err);
-    if constexpr (fa_has_plain(FA_DP, sizeof(FA_T)))
+    if constexpr (fa_has_plain(FA_DP, sizeof(FA_T), true))
         if (!fa_sm80_is_mod(&p.a))
             return launch<false>(name, pass, p, blocks, stream, err);
     return launch<true>(name, pass, p, blocks, stream, err);

@@ -33,35 +33,35 @@ static bool kernel_of(const entry (&table)[3][4], int i, fa_kernel_info *info)
 
 static fa_sm80_tile tile_of(const fa_args *a, bool backward)
 {
-    int dp = DIMS[fa_sm80_dim(a)];
-    return backward ? fa_bwd_tile(dp, a->q.dtype == FA_F32) : fa_fwd_tile(dp, a->q.dtype == FA_F32);
+    const int dp = DIMS[fa_sm80_dim(a)];
+    const bool f32 = a->q.dtype == FA_F32;
+    const bool mod = fa_sm80_is_mod(a) || !fa_has_plain(dp, fa_dtype_size(a->q.dtype), false);
+    return backward ? fa_bwd_tile(dp, f32) : fa_fwd_tile(dp, f32, mod);
+}
+
+static size_t shared_of(const fa_args *a, bool backward)
+{
+    const fa_tensor *m = a->tree_mask.data ? &a->tree_mask : &a->mask;
+    const size_t esize = fa_dtype_size(a->q.dtype);
+    const fa_sm80_tile t = tile_of(a, backward);
+    if (backward)
+        return fa_bwd_bytes(t, esize);
+    return fa_fwd_bytes(t, esize) + (m->data ? fa_fwd_mask_bytes(t, fa_dtype_size(m->dtype)) : 0);
 }
 
 static bool fits(const fa_args *a, int device, bool backward)
 {
-    if (a->q.dtype == FA_F64)
-        return false;
-    size_t esize = fa_dtype_size(a->q.dtype);
-    fa_sm80_tile t = tile_of(a, backward);
-    return (backward ? fa_bwd_bytes(t, esize) : fa_fwd_bytes(t, esize)) <= fa_cuda_shared_limit(device);
-}
-
-static fa_sm80_params params_of(const fa_args *a)
-{
-    fa_sm80_params p = {};
-    p.a = *a;
-    p.vectors = fa_sm80_vectors(a);
-    return p;
+    return a->q.dtype != FA_F64 && shared_of(a, backward) <= fa_cuda_shared_limit(device);
 }
 
 static void plan_tiles(const fa_args *a, bool backward, fa_plan *p)
 {
     fa_sm80_tile t = tile_of(a, backward);
-    p->block_rows = 16 * t.warps;
+    p->block_rows = fa_tile_rows(t);
     p->block_keys = t.cols;
     p->panels = fa_ceil_div(a->q.size[2], p->block_rows);
     p->threads = 32 * t.warps;
-    p->thread_bytes = (backward ? fa_bwd_bytes : fa_fwd_bytes)(t, fa_dtype_size(a->q.dtype));
+    p->thread_bytes = shared_of(a, backward);
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
@@ -92,6 +92,19 @@ static void plan_splits(const fa_args *a, int64_t blocks, fa_plan *p)
         p->splits = fa_max64(1, fa_min64(a->splits_wanted, fa_ceil_div(sk, p->block_keys)));
 }
 
+/* Columns of the mask where it can be read in vectors; else 0 */
+static int mask_width(const fa_args *a)
+{
+    const fa_tensor *m = &a->mask;
+    if (!m->data || a->tree_mask.data || a->mask_first || m->stride[3] != 1 || m->size[3] == 1)
+        return 0;
+    const int64_t size = (int64_t)fa_dtype_size(m->dtype), word = fa_min64(16, tile_of(a, false).cols / 4 * size);
+    bool fits = (uintptr_t)m->data % word == 0;
+    for (int i = 0; i < 3; i++)
+        fits = fits && (m->size[i] == 1 || m->stride[i] * size % word == 0);
+    return fits ? (int)m->size[3] : 0;
+}
+
 static void plan_forward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
@@ -110,7 +123,11 @@ static void plan_forward(const fa_args *a, int device, fa_plan *p)
 static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                 fa_error *err)
 {
-    fa_sm80_params p = params_of(a);
+    fa_sm80_params p = {};
+    p.a = *a;
+    p.vectors = fa_sm80_vectors(a, (int)plan->block_keys);
+    p.shared = plan->thread_bytes;
+    p.mask_width = mask_width(a);
     p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
     p.splits = plan->splits;
     p.split_keys = plan->split_keys;
@@ -159,7 +176,9 @@ static int64_t dmask_blocks(const fa_args *a, const fa_plan *plan)
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                  fa_error *err)
 {
-    fa_sm80_params p = params_of(a);
+    fa_sm80_params p = {};
+    p.a = *a;
+    p.vectors = fa_sm80_vectors(a, 0);
     p.lse2 = (const float *)workspace;
     p.delta = (const float *)((char *)workspace + fa_bwd_rows_bytes(a) / 2);
     const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
