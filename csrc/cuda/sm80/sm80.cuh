@@ -6,15 +6,16 @@
 #include "../tile/tile_product.cuh"
 #include "../tile/tile_score.cuh"
 
-/* Which tensors can be read, or written, in vectors. */
-enum { FA_VEC_Q = 1, FA_VEC_K = 2, FA_VEC_V = 4, FA_VEC_DOUT = 8, FA_VEC_OUT = 16 };
+/* Which tensors can be read, or written, in vectors; in the order of fa_sm80_vectors. */
+enum { FA_VEC_Q = 1, FA_VEC_K = 2, FA_VEC_V = 4, FA_VEC_DOUT = 8, FA_VEC_OUT = 16, FA_VEC_DQ = 32,
+       FA_VEC_DK = 64, FA_VEC_DV = 128 };
 
 struct fa_sm80_params {
     fa_args a;
     int vectors;                /* FA_VEC_* */
     int64_t slots;              /* tiles of rows: fa_tile_slots */
-    int mask_width;             /* forward: columns of the mask that is read in vectors; 0: it is not */
-    size_t shared;              /* forward: bytes of shared memory of a block */
+    int mask_width;             /* columns of the mask that is read in vectors; 0: it is not */
+    size_t mask_bytes;          /* of shared memory for it where rows are queries */
     int64_t splits, split_keys; /* forward: parts of the keys, a multiple of the tile's */
     float *partial;             /* [splits][B HQ SQ][2 + DV] where the keys are split */
     const float *lse2, *delta;  /* backward: [B HQ SQ], smxx_rows.cu */
@@ -34,9 +35,11 @@ constexpr fa_sm80_tile fa_fwd_tile(int dp, bool f32, bool mod)
                        : fa_sm80_tile{512, 2, 1, f32 ? 16 : 32, 256};
 }
 
-constexpr fa_sm80_tile fa_bwd_tile(int dp, bool f32)
+/* keys: the rows are keys, and results dK and dV; else queries, and dQ */
+constexpr fa_sm80_tile fa_bwd_tile(int dp, bool f32, bool keys)
 {
-    return dp <= 128   ? fa_sm80_tile{dp, 4, 1, 32, dp}
+    return dp <= 64    ? fa_sm80_tile{64, 4, f32 ? 1 : 2, 32, 64}
+           : dp == 128 ? fa_sm80_tile{128, 4, f32 || keys ? 1 : 2, 32, 128}
            : dp == 256 ? fa_sm80_tile{256, f32 ? 2 : 4, 1, f32 ? 16 : 32, 128}
                        : fa_sm80_tile{512, f32 ? 1 : 2, 1, 16, 128};
 }
@@ -52,15 +55,22 @@ constexpr size_t fa_fwd_bytes(fa_sm80_tile t, size_t esize)
     return (size_t)(fa_tile_rows(t) + t.cols) * (t.dp * esize + 16) + (size_t)t.cols * (t.da * esize + 16);
 }
 
-/* and what a mask needs beside them, whose elements have esize bytes */
-constexpr size_t fa_fwd_mask_bytes(fa_sm80_tile t, size_t esize)
+/* and what a mask needs beside the tiles where rows are queries; its elements have esize bytes */
+constexpr size_t fa_mask_bytes(fa_sm80_tile t, size_t esize)
 {
     return (size_t)fa_tile_rows(t) * t.cols * esize;
 }
 
+/* Tiles of columns that backward has in shared memory: the next is copied beside the work on one. */
+constexpr int fa_bwd_stages(int dp, size_t esize)
+{
+    return dp <= 128 && esize == 2 ? 2 : 1;
+}
+
 constexpr size_t fa_bwd_bytes(fa_sm80_tile t, size_t esize)
 {
-    return (size_t)(2 * (fa_tile_rows(t) + t.cols)) * (t.dp * esize + 16) + 8 * (size_t)t.cols + 16;
+    const size_t stage = (size_t)t.cols * (2 * (t.dp * esize + 16) + 8);
+    return (size_t)(2 * fa_tile_rows(t)) * (t.dp * esize + 16) + fa_bwd_stages(t.dp, esize) * stage + 16;
 }
 
 /* One compiled pair of head dimension and dtype (sm80_fwd_tmpl.cu, sm80_bwd_tmpl.cu). */
@@ -91,15 +101,15 @@ static inline int fa_sm80_dim(const fa_args *a)
     return d <= 64 ? 0 : d <= 128 ? 1 : d <= 256 ? 2 : 3;
 }
 
-/* rows: keys of a tile of forward; 0 in backward */
+/* rows: of the tiles that a block streams */
 static inline int fa_sm80_vectors(const fa_args *a, int rows)
 {
-    const bool like_q = a->k.dtype == a->q.dtype;
-    const bool k = like_q && (rows ? fa_keys_are_vectors(a, &a->k, rows) : fa_rows_are_vectors(&a->k));
-    const bool v = like_q && (rows ? fa_keys_are_vectors(a, &a->v, rows) : fa_rows_are_vectors(&a->v));
-    return (fa_rows_are_vectors(&a->q) ? FA_VEC_Q : 0) | (k ? FA_VEC_K : 0) | (v ? FA_VEC_V : 0) |
-           (a->dout.data && fa_rows_are_vectors(&a->dout) ? FA_VEC_DOUT : 0) |
-           (fa_rows_are_vectors(&a->out) ? FA_VEC_OUT : 0);
+    const fa_tensor *const t[] = {&a->q, &a->k, &a->v, &a->dout, &a->out, &a->dq, &a->dk, &a->dv};
+    int vectors = 0;
+    for (int i = 0; i < 8; i++)
+        if (t[i]->data && t[i]->dtype == a->q.dtype && fa_tiles_are_vectors(a, t[i], rows))
+            vectors |= 1 << i;
+    return vectors;
 }
 
 /* Does a call need more than ranges of keys? */
@@ -126,16 +136,58 @@ __device__ __forceinline__ int fa_steps(int64_t d)
     return (int)((d + 15) / 16 * 16);
 }
 
-/* value (row r, columns c, c + 1) of a result whose rows have d elements; at: its first element */
-template <typename T>
-__device__ __forceinline__ void fa_store_pair(const fa_tensor *t, int64_t at, int c, float x, float y)
+/* element of row 0 of head h of k or v, or of page 0 */
+__device__ __forceinline__ int64_t fa_first_key_at(const fa_args *a, const fa_seq *s, const fa_tensor *t, int64_t h)
 {
-    T *data = (T *)t->data + at;
-    const int d = (int)t->size[3];
-    if (c < d)
-        data[c * t->stride[3]] = fa_from<T>(x);
-    if (c + 1 < d)
-        data[(c + 1) * t->stride[3]] = fa_from<T>(y);
+    return h * t->stride[1] + (a->page_size ? 0 : s->k_batch * t->stride[0] + s->k_row * t->stride[2]);
+}
+
+/* A lane's part (rows 8 x + ..) of a row of results times factor; out: column c0 of the row, d: columns from there on.
+ * vectors: pairs lie side by side. */
+template <typename T, int NA>
+__device__ __forceinline__ void fa_store_results(T *out, int64_t step, int d, const float (&acc)[NA][4], int x,
+                                                 float factor, bool vectors)
+{
+#pragma unroll
+    for (int n = 0; n < NA; n++) {
+        const float lo = acc[n][x % 2 * 2] * factor, hi = acc[n][x % 2 * 2 + 1] * factor;
+        const int c = fa_column<T>(n, 0), e = fa_column<T>(n, 1);
+        if constexpr (sizeof(T) == 2)
+            if (vectors) {
+                if (c < d)
+                    *(uint32_t *)(out + c) = fa_pack(lo, hi, T());
+                continue;
+            }
+        if (c < d)
+            out[c * step] = fa_from<T>(lo);
+        if (e < d)
+            out[e * step] = fa_from<T>(hi);
+    }
+}
+
+template <int MT, int NA> __device__ __forceinline__ void fa_zero(float (&x)[MT][NA][4])
+{
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NA; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                x[m][n][e] = 0;
+}
+
+/* Does a sum hold NaN or infinity? */
+template <int MT, int NA> __device__ __forceinline__ bool fa_spoilt(const float (&x)[MT][NA][4])
+{
+    float zero = 0;
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NA; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                zero = fmaf(x[m][n][e], 0, zero);
+    return zero != 0;
 }
 
 #endif

@@ -14,7 +14,7 @@
 #ifndef FA_SM80_FWD_CUH
 #define FA_SM80_FWD_CUH
 
-#include "sm80_fwd_score.cuh"
+#include "sm80_softmax.cuh"
 
 /* DP: head dimensions up to it; above 256 the columns of V are taken in two passes. */
 template <typename T_, int DP_, bool MOD_> struct fa_fwd_config {
@@ -23,6 +23,7 @@ template <typename T_, int DP_, bool MOD_> struct fa_fwd_config {
     static constexpr int DP = DP_, BN = TILE.cols, WARPS = TILE.warps, MT = TILE.mt, THREADS = 32 * WARPS;
     static constexpr int BM = fa_tile_rows(TILE), NT = BN / 8, DA = TILE.da, NA = DA / 8;
     static constexpr int LDB = fa_row_bytes<T>(DP), LDVB = fa_row_bytes<T>(DA);
+    using all = fa_fwd_config<T_, DP_, true>; /* with all options */
     static constexpr bool MOD = MOD_, KEEP_Q = DP == 64 && sizeof(T) == 2; /* Q stays in registers */
     static constexpr size_t SHARED = fa_fwd_bytes(TILE, sizeof(T));
     static constexpr int BLOCKS = 1;
@@ -86,13 +87,9 @@ template <class C> __device__ __noinline__ static fa_fwd_work fa_fwd_work_of(con
 
 template <int MT, int NA> __device__ __forceinline__ void fa_fwd_start(fa_fwd_rows<MT, NA> &r)
 {
+    fa_zero(r.acc);
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NA; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                r.acc[m][n][e] = 0;
         r.max[m][0] = r.max[m][1] = -INFINITY;
         r.sum[m][0] = r.sum[m][1] = 0;
     }
@@ -148,7 +145,7 @@ __device__ __forceinline__ void fa_fwd_load(typename C::T *sTile, const Tiles &t
                                             bool vectors, const fa_fwd_work &w, const fa_sm80_params &p, int k0)
 {
     if (!SLOW || vectors)
-        tiles.load(ptx_shared(sTile), k0, (int)w.seq.span.k_len);
+        tiles.template load<true>(ptx_shared(sTile), k0, (int)w.seq.span.k_len);
     else
         fa_load_elements(sTile, Tiles::LDB / (int)sizeof(*sTile), C::BN, C::THREADS,
                          fa_rows_k(&p.a, &w.seq, tiles.t, scale, w.hk, false), k0, w.seq.span.k_len, c0, WIDTH, true);
@@ -165,9 +162,11 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
     const uint32_t q = fa_lane_left<C::LDB>(ptx_shared(sh.q), row0), k = fa_lane_nk<C::LDB>(ptx_shared(sh.k));
     const uint32_t v = fa_lane_kn<T, C::LDVB>(ptx_shared(sh.v));
     const bool narrow = a->q.size[3] <= fa_fewer<T>(C::DP), narrow_v = a->v.size[3] - w.c0 <= fa_fewer<T>(C::DA);
-    const fa_fwd_scores f = fa_fwd_scores_of<C::MOD>(a, &w.seq, w.h, w.first + row0 + lane / 4, lane % 4 * (C::BN / 4));
-    const fa_key_tiles<T, C::BN, C::THREADS, C::DP> keys(a, &a->k, w.seq, w.hk, 0);
-    const fa_key_tiles<T, C::BN, C::THREADS, C::DA> values(a, &a->v, w.seq, w.hk, w.c0);
+    const fa_sm80_scores f = fa_sm80_scores_of<C::MOD>(a, &w.seq, w.h, w.first + row0 + lane / 4, lane % 4 * (C::BN / 4));
+    const fa_row_tiles<T, C::BN, C::THREADS, C::DP> keys(a, &a->k, fa_first_key_at(a, &w.seq, &a->k, w.hk),
+                                                             w.seq.n, 0);
+    const fa_row_tiles<T, C::BN, C::THREADS, C::DA> values(a, &a->v, fa_first_key_at(a, &w.seq, &a->v, w.hk),
+                                                               w.seq.n, w.c0);
     const bool k_vec = p.vectors & FA_VEC_K, v_vec = p.vectors & FA_VEC_V;
 
     fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, w.k_lo);
@@ -193,10 +192,10 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
         if (k0 + C::BN < w.k_hi)
             fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, k0 + C::BN);
         ptx_cp_async_commit();
-        fa_fwd_score<T, C::MOD, C::THREADS>(s, f, sh.mask, k0, k0 < w.full_lo || k0 + C::BN > w.full_hi);
+        fa_sm80_score<T, C::MOD, false, C::THREADS>(s, s, f, sh.mask, k0, k0 < w.full_lo || k0 + C::BN > w.full_hi);
         fa_fwd_softmax(s, r, f.c);
         if (C::MOD && f.p.dropout)
-            fa_fwd_drop(s, f, k0);
+            fa_drop_weights(s, f, k0);
         if (SLOW)
             fa_fwd_wild<C>(s, r, sh.v);
         fa_kn<T, C::LDVB, C::MT, C::NT, C::NA>::run(r.acc, s, v, narrow_v);
@@ -231,7 +230,7 @@ __device__ __forceinline__ void fa_fwd_store_part(const fa_fwd_rows<C::MT, C::NA
 }
 
 template <class C>
-__device__ __forceinline__ void fa_fwd_store_row(const fa_fwd_rows<C::MT, C::NA> &r, int x, int64_t row, float sum,
+__device__ __forceinline__ void fa_fwd_store_row(fa_fwd_rows<C::MT, C::NA> &r, int x, int64_t row, float sum,
                                                  const fa_sm80_params &p, const fa_fwd_work &w)
 {
     using T = typename C::T;
@@ -241,27 +240,13 @@ __device__ __forceinline__ void fa_fwd_store_row(const fa_fwd_rows<C::MT, C::NA>
         end = fa_finish_row(a, w.seq.n, w.h, r.max[x / 2][x % 2], sum);
     if (w.c0 == 0 && threadIdx.x % 4 == 0)
         ((float *)a->lse.data)[fa_q_at(&w.seq, &a->lse, w.h, row)] = (float)end.lse;
-    const bool none = end.scale == 0;
-    T *out = (T *)a->out.data + fa_q_at(&w.seq, &a->out, w.h, row);
-    const int dv = (int)a->v.size[3] - w.c0;
-    const int64_t step = a->out.stride[3];
-    out += w.c0 * step;
+    if (end.scale == 0)
 #pragma unroll
-    for (int n = 0; n < C::NA; n++) {
-        const float lo = none ? 0 : r.acc[x / 2][n][x % 2 * 2] * end.scale;
-        const float hi = none ? 0 : r.acc[x / 2][n][x % 2 * 2 + 1] * end.scale;
-        const int c = fa_column<T>(n, 0), d = fa_column<T>(n, 1);
-        if constexpr (sizeof(T) == 2)
-            if (p.vectors & FA_VEC_OUT) {
-                if (c < dv)
-                    *(uint32_t *)(out + c) = fa_pack(lo, hi, T());
-                continue;
-            }
-        if (c < dv)
-            out[c * step] = fa_from<T>(lo);
-        if (d < dv)
-            out[d * step] = fa_from<T>(hi);
-    }
+        for (int n = 0; n < C::NA; n++)
+            r.acc[x / 2][n][x % 2 * 2] = r.acc[x / 2][n][x % 2 * 2 + 1] = 0; /* also NaN */
+    const int64_t step = a->out.stride[3];
+    T *out = (T *)a->out.data + fa_q_at(&w.seq, &a->out, w.h, row) + w.c0 * step;
+    fa_store_results(out, step, (int)a->v.size[3] - w.c0, r.acc[x / 2], x, end.scale, p.vectors & FA_VEC_OUT);
 }
 
 template <class C>
@@ -283,20 +268,6 @@ __device__ __forceinline__ void fa_fwd_store(fa_fwd_rows<C::MT, C::NA> &r, const
     }
 }
 
-/* Does a sum hold NaN or infinity? */
-template <int MT, int NA> __device__ __forceinline__ bool fa_fwd_spoilt(const fa_fwd_rows<MT, NA> &r)
-{
-    float zero = 0;
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int n = 0; n < NA; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                zero = fmaf(r.acc[m][n][e], 0, zero);
-    return zero != 0;
-}
-
 /* All of a block's work, but false and nothing stored where a sum has become NaN or infinite. */
 template <class C, bool SLOW>
 __device__ __forceinline__ bool fa_fwd_block(const fa_sm80_params &p, const fa_fwd_tiles<C> &sh)
@@ -312,7 +283,7 @@ __device__ __forceinline__ bool fa_fwd_block(const fa_sm80_params &p, const fa_f
             fa_fwd_keys<C, SLOW>(r, p, w, sh);
         }
     }
-    if (!SLOW && __syncthreads_or(fa_fwd_spoilt(r)))
+    if (!SLOW && __syncthreads_or(fa_spoilt(r.acc)))
         return false;
     fa_fwd_store<C>(r, p, fa_fwd_work_of<C>(p));
     return true;
@@ -332,7 +303,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) fa_fwd_sm80_kernel(cons
     extern __shared__ __align__(16) char smem[];
     const int vectors = FA_VEC_K | FA_VEC_V;
     if ((p.vectors & vectors) != vectors || !fa_fwd_block<C, false>(p, fa_fwd_tiles<C>(smem)))
-        fa_fwd_slowly<C>(p, smem);
+        fa_fwd_slowly<typename C::all>(p, smem);
 }
 
 #endif

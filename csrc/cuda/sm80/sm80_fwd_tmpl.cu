@@ -8,8 +8,8 @@ template <bool MOD>
 static fa_status launch(const char *name, const fa_sm80_params &p, int64_t blocks, cudaStream_t stream, fa_error *err)
 {
     using C = fa_fwd_config<FA_T, FA_DP, MOD>;
-    return fa_launch(name, fa_fwd_sm80_kernel<C>, blocks, (int)fa_ceil_div(p.a.v.size[3], C::DA), C::THREADS, p.shared,
-                     stream, p, err);
+    return fa_launch(name, fa_fwd_sm80_kernel<C>, blocks, (int)fa_ceil_div(p.a.v.size[3], C::DA), C::THREADS,
+                     C::SHARED + p.mask_bytes, stream, p, err);
 }
 
 fa_status FA_CAT(fwd, FA_TYPE, FA_DP)(const char *name, fa_sm80_pass, const fa_sm80_params &p, int64_t blocks,

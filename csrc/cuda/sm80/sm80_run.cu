@@ -31,44 +31,72 @@ static bool kernel_of(const entry (&table)[3][4], int i, fa_kernel_info *info)
     return true;
 }
 
-static fa_sm80_tile tile_of(const fa_args *a, bool backward)
+enum pass { FORWARD_PASS, KEYS_PASS, QUERIES_PASS };
+
+static fa_sm80_tile tile_of(const fa_args *a, pass x)
 {
     const int dp = DIMS[fa_sm80_dim(a)];
     const bool f32 = a->q.dtype == FA_F32;
     const bool mod = fa_sm80_is_mod(a) || !fa_has_plain(dp, fa_dtype_size(a->q.dtype), false);
-    return backward ? fa_bwd_tile(dp, f32) : fa_fwd_tile(dp, f32, mod);
+    return x == FORWARD_PASS ? fa_fwd_tile(dp, f32, mod) : fa_bwd_tile(dp, f32, x == KEYS_PASS);
 }
 
-static size_t shared_of(const fa_args *a, bool backward)
+static size_t mask_bytes(const fa_args *a, pass x)
 {
     const fa_tensor *m = a->tree_mask.data ? &a->tree_mask : &a->mask;
+    return m->data && x != KEYS_PASS ? fa_mask_bytes(tile_of(a, x), fa_dtype_size(m->dtype)) : 0;
+}
+
+static size_t shared_of(const fa_args *a, pass x)
+{
     const size_t esize = fa_dtype_size(a->q.dtype);
-    const fa_sm80_tile t = tile_of(a, backward);
-    if (backward)
-        return fa_bwd_bytes(t, esize);
-    return fa_fwd_bytes(t, esize) + (m->data ? fa_fwd_mask_bytes(t, fa_dtype_size(m->dtype)) : 0);
+    const fa_sm80_tile t = tile_of(a, x);
+    return (x == FORWARD_PASS ? fa_fwd_bytes(t, esize) : fa_bwd_bytes(t, esize)) + mask_bytes(a, x);
 }
 
-static bool fits(const fa_args *a, int device, bool backward)
+static bool fits(const fa_args *a, int device, pass x)
 {
-    return a->q.dtype != FA_F64 && shared_of(a, backward) <= fa_cuda_shared_limit(device);
+    return a->q.dtype != FA_F64 && shared_of(a, x) <= fa_cuda_shared_limit(device);
 }
 
-static void plan_tiles(const fa_args *a, bool backward, fa_plan *p)
+/* Columns of the mask where a lane's part of a row can be read in vectors; else 0 */
+static int mask_width(const fa_args *a, pass x)
 {
-    fa_sm80_tile t = tile_of(a, backward);
+    const fa_tensor *m = &a->mask;
+    if (!m->data || a->tree_mask.data || a->mask_first || m->stride[3] != 1 || m->size[3] == 1)
+        return 0;
+    const int64_t size = (int64_t)fa_dtype_size(m->dtype), word = fa_min64(16, tile_of(a, x).cols / 4 * size);
+    bool fits = (uintptr_t)m->data % word == 0;
+    for (int i = 0; i < 3; i++)
+        fits = fits && (m->size[i] == 1 || m->stride[i] * size % word == 0);
+    return fits ? (int)m->size[3] : 0;
+}
+
+static fa_sm80_params params_of(const fa_args *a, pass x)
+{
+    fa_sm80_params p = {};
+    p.a = *a;
+    p.vectors = fa_sm80_vectors(a, tile_of(a, x).cols);
+    p.mask_width = mask_width(a, x);
+    p.mask_bytes = mask_bytes(a, x);
+    return p;
+}
+
+static void plan_tiles(const fa_args *a, pass x, fa_plan *p)
+{
+    const fa_sm80_tile t = tile_of(a, x);
     p->block_rows = fa_tile_rows(t);
     p->block_keys = t.cols;
     p->panels = fa_ceil_div(a->q.size[2], p->block_rows);
     p->threads = 32 * t.warps;
-    p->thread_bytes = shared_of(a, backward);
+    p->thread_bytes = shared_of(a, x);
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static bool can_forward(const fa_args *a, int device)
 {
-    return fits(a, device, false);
+    return fits(a, device, FORWARD_PASS);
 }
 
 /* Keys are split where the tiles leave most of a GPU idle; by the shape alone, so that results are the same on every
@@ -92,24 +120,11 @@ static void plan_splits(const fa_args *a, int64_t blocks, fa_plan *p)
         p->splits = fa_max64(1, fa_min64(a->splits_wanted, fa_ceil_div(sk, p->block_keys)));
 }
 
-/* Columns of the mask where it can be read in vectors; else 0 */
-static int mask_width(const fa_args *a)
-{
-    const fa_tensor *m = &a->mask;
-    if (!m->data || a->tree_mask.data || a->mask_first || m->stride[3] != 1 || m->size[3] == 1)
-        return 0;
-    const int64_t size = (int64_t)fa_dtype_size(m->dtype), word = fa_min64(16, tile_of(a, false).cols / 4 * size);
-    bool fits = (uintptr_t)m->data % word == 0;
-    for (int i = 0; i < 3; i++)
-        fits = fits && (m->size[i] == 1 || m->stride[i] * size % word == 0);
-    return fits ? (int)m->size[3] : 0;
-}
-
 static void plan_forward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
     p->kernel = FORWARD[a->q.dtype][fa_sm80_dim(a)].name;
-    plan_tiles(a, false, p);
+    plan_tiles(a, FORWARD_PASS, p);
     int64_t blocks = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], p->block_rows) * a->q.size[1];
     plan_splits(a, blocks, p);
     p->tasks = blocks * p->splits;
@@ -123,11 +138,7 @@ static void plan_forward(const fa_args *a, int device, fa_plan *p)
 static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                 fa_error *err)
 {
-    fa_sm80_params p = {};
-    p.a = *a;
-    p.vectors = fa_sm80_vectors(a, (int)plan->block_keys);
-    p.shared = plan->thread_bytes;
-    p.mask_width = mask_width(a);
+    fa_sm80_params p = params_of(a, FORWARD_PASS);
     p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
     p.splits = plan->splits;
     p.split_keys = plan->split_keys;
@@ -151,14 +162,14 @@ extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", fa_runs_on_sm80, forward_
 
 static bool can_backward(const fa_args *a, int device)
 {
-    return fits(a, device, true);
+    return fits(a, device, KEYS_PASS) && fits(a, device, QUERIES_PASS);
 }
 
 static void plan_backward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
     p->kernel = BACKWARD[a->q.dtype][fa_sm80_dim(a)].name;
-    plan_tiles(a, true, p);
+    plan_tiles(a, KEYS_PASS, p);
     p->splits = 1;
     p->split_keys = a->k.size[2];
     p->tasks = fa_tile_slots(&a->cu_k, a->k.size[0], a->k.size[2], p->block_rows) * a->k.size[1];
@@ -167,29 +178,28 @@ static void plan_backward(const fa_args *a, int device, fa_plan *p)
     p->why_splits = "no two blocks add to one element";
 }
 
-static int64_t dmask_blocks(const fa_args *a, const fa_plan *plan)
+static int64_t dmask_blocks(const fa_args *a, fa_sm80_tile t)
 {
     const int64_t *m = a->mask.size;
-    return m[0] * m[1] * fa_ceil_div(m[2], plan->block_rows) * fa_ceil_div(m[3], plan->block_keys);
+    return m[0] * m[1] * fa_ceil_div(m[2], fa_tile_rows(t)) * fa_ceil_div(m[3], t.cols);
 }
 
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                  fa_error *err)
 {
-    fa_sm80_params p = {};
-    p.a = *a;
-    p.vectors = fa_sm80_vectors(a, 0);
-    p.lse2 = (const float *)workspace;
-    p.delta = (const float *)((char *)workspace + fa_bwd_rows_bytes(a) / 2);
     const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
+    const fa_sm80_tile queries = tile_of(a, QUERIES_PASS);
+    fa_sm80_params keys_p = params_of(a, KEYS_PASS), p = params_of(a, QUERIES_PASS);
+    keys_p.lse2 = p.lse2 = (const float *)workspace;
+    keys_p.delta = p.delta = (const float *)((char *)workspace + fa_bwd_rows_bytes(a) / 2);
+    p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], fa_tile_rows(queries));
     fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
     if (!status && (a->dk.data || a->dv.data))
-        status = e->launch(e->name, FA_PASS_DKV, p, plan->tasks, stream, err);
-    p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
+        status = e->launch(e->name, FA_PASS_DKV, keys_p, plan->tasks, stream, err);
     if (!status && a->dq.data)
         status = e->launch(e->name, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
     if (!status && a->dmask.data)
-        status = e->launch(e->name, FA_PASS_DMASK, p, dmask_blocks(a, plan), stream, err);
+        status = e->launch(e->name, FA_PASS_DMASK, p, dmask_blocks(a, queries), stream, err);
     if (!status && a->dsinks.data)
         status = fa_dsinks_launch(a, workspace, stream, err);
     return status;

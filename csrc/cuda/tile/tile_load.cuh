@@ -140,11 +140,11 @@ __device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_row
     }
 }
 
-/* ---- keys, tile after tile ---------------------------------------------------------------------------------------- */
+/* ---- tile after tile ---------------------------------------------------------------------------------------------- */
 
-/* Vectors of rows of k or v, WIDTH columns of them, into tiles of ROWS in the order of fa_key_at. What is the same for
+/* Vectors of rows, WIDTH columns of them, into tiles of ROWS in the order of fa_key_at. What is the same for
  * all tiles is worked out once: a copy costs one multiply-add. */
-template <typename T, int ROWS, int THREADS, int WIDTH> struct fa_key_tiles {
+template <typename T, int ROWS, int THREADS, int WIDTH> struct fa_row_tiles {
     static constexpr int SIZE = sizeof(T), LDB = WIDTH * SIZE + 16, CHUNKS = WIDTH * SIZE / 16;
     static constexpr int LANES = CHUNKS < 16 ? CHUNKS : 16; /* of a row */
     static constexpr int PASS = THREADS / LANES, KEYS = ROWS / 4;
@@ -157,16 +157,13 @@ template <typename T, int ROWS, int THREADS, int WIDTH> struct fa_key_tiles {
     int stride;          /* bytes to the next row */
     int bytes;           /* from this lane's first column to the end of a row */
 
-    __device__ __forceinline__ fa_key_tiles(const fa_args *args, const fa_tensor *tensor, const fa_seq &s, int64_t head,
-                                            int c0)
+    /* at: element of row 0 of the sequence, or of page 0 */
+    __device__ __forceinline__ fa_row_tiles(const fa_args *args, const fa_tensor *tensor, int64_t at, int64_t n, int c0)
         : a(args), t(tensor)
     {
         const int column = c0 + threadIdx.x % LANES * (16 / SIZE);
-        int64_t at = head * t->stride[1] + column;
-        if (!a->page_size)
-            at += s.k_batch * t->stride[0] + s.k_row * t->stride[2];
-        lane = (const char *)t->data + at * SIZE;
-        table = a->page_size ? s.n * a->block_table.stride[0] : 0;
+        lane = (const char *)t->data + (at + column) * SIZE;
+        table = a->page_size ? n * a->block_table.stride[0] : 0;
         stride = (int)(t->stride[2] * SIZE);
         bytes = ((int)t->size[3] - column) * SIZE;
     }
@@ -201,10 +198,11 @@ template <typename T, int ROWS, int THREADS, int WIDTH> struct fa_key_tiles {
         }
     }
 
-    /* the tile <- keys first .. below limit; the rest becomes 0. They arrive with the next group of copies. */
-    __device__ __forceinline__ void load(uint32_t tile, int first, int limit) const
+    /* the tile <- rows first .. below limit; the rest becomes 0. They arrive with the next group of copies. PAGES: they
+     * may lie in pages. */
+    template <bool PAGES> __device__ __forceinline__ void load(uint32_t tile, int first, int limit) const
     {
-        if (a->page_size)
+        if (PAGES && a->page_size)
             copy<false, true>(tile, first, limit);
         else if (first + ROWS <= limit)
             copy<true, false>(tile, first, limit);
@@ -213,9 +211,8 @@ template <typename T, int ROWS, int THREADS, int WIDTH> struct fa_key_tiles {
     }
 };
 
-/* Can fa_key_tiles of `rows` rows take vectors of t, which can be read in vectors? Rows of 4 keys at least must lie in
- * one page. */
-static inline bool fa_keys_are_vectors(const fa_args *a, const fa_tensor *t, int rows)
+/* Can fa_row_tiles of `rows` rows read t? The keys of a lane must lie in one page. */
+static inline bool fa_tiles_are_vectors(const fa_args *a, const fa_tensor *t, int rows)
 {
     const int64_t bytes = t->stride[2] * (int64_t)fa_dtype_size(t->dtype);
     return fa_rows_are_vectors(t) && bytes >= 0 && bytes <= INT32_MAX / 256 && a->page_size % (rows / 4) == 0;

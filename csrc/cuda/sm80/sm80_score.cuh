@@ -1,28 +1,28 @@
-/* Forward, from products of queries and keys to weights: what options do to a tile of scores, the online softmax, and
- * dropout. A lane has MT times two rows, 16 m + g and + 8, and of each the NT / 4 times 8 keys that follow its first:
- * columns 8n + 2t + e of the products are the keys 2n + e (fa_key_at). So a row of a mask is read in vectors, and one
- * evaluation of dropout's random numbers serves four of a lane's keys.
+/* From products of queries and keys to scores: what options do to a tile of them; and dropout. Rows of the tile are
+ * queries and columns keys, or with KEYS the other way round. A lane has MT times two rows, 16 m + g and + 8, and of
+ * each the 2 NT columns that follow its first: columns 8n + 2t + e of the products are its columns 2n + e (fa_key_at).
+ * So a row of a mask is read in vectors, and one evaluation of dropout's random numbers serves four of a lane's keys.
  *
  * Scores are left as products where only 0 or -inf is added to them: then one multiply-add makes the exponent of each.
  * Else they are in nats. Either way weights are 2^(c (s - m)). */
-#ifndef FA_SM80_FWD_SCORE_CUH
-#define FA_SM80_FWD_SCORE_CUH
+#ifndef FA_SM80_SCORE_CUH
+#define FA_SM80_SCORE_CUH
 
 #include "sm80.cuh"
 
 /* What a query head does to its scores, in nats. */
-struct fa_fwd_scores {
+struct fa_sm80_scores {
     fa_scores p;
     bool scaled;     /* the scores are brought to nats */
     float c;         /* from scores to exponents of 2, positive */
-    int row, column; /* the lane's first query and, within the tile, first key */
+    int row, column; /* the lane's first row and, within the tile, first column */
 };
 
 template <bool MOD>
-__device__ __forceinline__ fa_fwd_scores fa_fwd_scores_of(const fa_args *a, const fa_seq *s, int64_t h, int row,
+__device__ __forceinline__ fa_sm80_scores fa_sm80_scores_of(const fa_args *a, const fa_seq *s, int64_t h, int row,
                                                           int column)
 {
-    fa_fwd_scores f;
+    fa_sm80_scores f;
     f.p = fa_scores_of(a, s, h);
     f.p.scale = (float)(a->softcap > 0 ? a->scale / a->softcap : a->scale);
     f.p.cap = (float)a->softcap;
@@ -42,7 +42,7 @@ __device__ __forceinline__ fa_fwd_scores fa_fwd_scores_of(const fa_args *a, cons
 template <int SIZE, int MT, int KEYS, int THREADS> struct fa_mask_rows {
     static constexpr int BYTES = KEYS * SIZE, WORD = BYTES < 16 ? BYTES : 16, WORDS = BYTES / WORD;
 
-    static __device__ __forceinline__ void fetch(uint32_t sMask, const fa_fwd_scores &f, int k0)
+    static __device__ __forceinline__ void fetch(uint32_t sMask, const fa_sm80_scores &f, int k0)
     {
         const char *from = f.p.mask + (f.row * f.p.mask_q + k0 + f.column) * SIZE;
         const uint32_t to = sMask + threadIdx.x * WORD;
@@ -55,7 +55,7 @@ template <int SIZE, int MT, int KEYS, int THREADS> struct fa_mask_rows {
     }
 
     /* the same for any stride, and at the edges of the mask */
-    static __device__ __forceinline__ void fetch_elements(char *sMask, const fa_fwd_scores &f, int k0)
+    static __device__ __forceinline__ void fetch_elements(char *sMask, const fa_sm80_scores &f, int k0)
     {
         const int first = k0 + f.column;
 #pragma unroll 1
@@ -146,7 +146,7 @@ __device__ __forceinline__ void fa_hide_masked(float (&s)[MT][NT][4], const char
 
 /* width: columns of the mask; 0 where it cannot be read in vectors */
 template <int SIZE, int MT, int NT, int THREADS>
-__device__ __forceinline__ void fa_fetch_rows(char *sMask, const fa_fwd_scores &f, int width, int k0)
+__device__ __forceinline__ void fa_fetch_rows(char *sMask, const fa_sm80_scores &f, int width, int k0)
 {
     using R = fa_mask_rows<SIZE, MT, 2 * NT, THREADS>;
     if (k0 + 8 * NT <= width)
@@ -156,7 +156,7 @@ __device__ __forceinline__ void fa_fetch_rows(char *sMask, const fa_fwd_scores &
 }
 
 template <int MT, int NT, int THREADS>
-__device__ __forceinline__ void fa_fetch_mask(char *sMask, const fa_fwd_scores &f, int width, int k0)
+__device__ __forceinline__ void fa_fetch_mask(char *sMask, const fa_sm80_scores &f, int width, int k0)
 {
     if (f.p.mask_dtype == FA_BOOL)
         fa_fetch_rows<1, MT, NT, THREADS>(sMask, f, width, k0);
@@ -168,7 +168,7 @@ __device__ __forceinline__ void fa_fetch_mask(char *sMask, const fa_fwd_scores &
 
 /* s <- factor s + mask; a bool mask hides, and factor is 1 */
 template <typename T, int THREADS, int MT, int NT>
-__device__ __forceinline__ void fa_apply_mask(float (&s)[MT][NT][4], const fa_fwd_scores &f, const char *sMask,
+__device__ __forceinline__ void fa_apply_mask(float (&s)[MT][NT][4], const fa_sm80_scores &f, const char *sMask,
                                               float factor)
 {
     if (f.p.mask_dtype == FA_BOOL)
@@ -200,24 +200,29 @@ template <int MT, int NT> __device__ __forceinline__ void fa_multiply(float (&s)
                 s[m][n][e] *= factor;
 }
 
-template <typename T, int MT, int NT>
-__device__ __forceinline__ void fa_cap(float (&s)[MT][NT][4], const fa_scores &p)
+/* SLOPES: slope <- d score / d (scale Q K^T) */
+template <typename T, bool SLOPES, int MT, int NT>
+__device__ __forceinline__ void fa_cap(float (&s)[MT][NT][4], float (&slope)[MT][NT][4], const fa_scores &p)
 {
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                s[m][n][e] = p.cap * fa_tanh<T>(s[m][n][e] * p.scale);
+            for (int e = 0; e < 4; e++) {
+                const float tanh = fa_tanh<T>(s[m][n][e] * p.scale);
+                s[m][n][e] = p.cap * tanh;
+                if (SLOPES)
+                    slope[m][n][e] = 1 - tanh * tanh;
+            }
 }
 
-template <int MT, int NT>
-__device__ __forceinline__ void fa_add_alibi(float (&s)[MT][NT][4], const fa_fwd_scores &f, int k0)
+template <bool KEYS, int MT, int NT>
+__device__ __forceinline__ void fa_add_alibi(float (&s)[MT][NT][4], const fa_sm80_scores &f, int c0)
 {
 #pragma unroll
-    for (int x = 0; x < 2 * MT; x++) {
-        const float ahead = (float)(f.row + 8 * x + f.p.offset - k0 - f.column); /* of the lane's first key */
+    for (int x = 0; x < 2 * MT; x++) { /* ahead: of the lane's first column */
+        const float ahead = (float)(f.row + 8 * x + (KEYS ? -f.p.offset : f.p.offset) - c0 - f.column);
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -228,15 +233,17 @@ __device__ __forceinline__ void fa_add_alibi(float (&s)[MT][NT][4], const fa_fwd
     }
 }
 
-/* -inf for what is hidden by its place */
-template <int MT, int NT>
-__device__ __forceinline__ void fa_hide_places(float (&s)[MT][NT][4], const fa_fwd_scores &f, int k0)
+/* -inf for what is hidden by its place; c0: first column of the tile */
+template <bool KEYS, int MT, int NT>
+__device__ __forceinline__ void fa_hide_places(float (&s)[MT][NT][4], const fa_sm80_scores &f, int c0)
 {
+    const int rows = KEYS ? f.p.k_len : f.p.q_len, columns = KEYS ? f.p.q_len : f.p.k_len;
+    const int behind = KEYS ? f.p.right : f.p.left, ahead = KEYS ? f.p.left : f.p.right;
 #pragma unroll
     for (int x = 0; x < 2 * MT; x++) {
-        const int64_t i = f.row + 8 * x, at = i + f.p.offset, key = k0 + f.column;
-        const int64_t end = i < f.p.q_len ? fa_min64(f.p.k_len, at + f.p.right + 1) : 0;
-        const int lo = (int)fa_clamp(at - f.p.left - key, 0, 2 * NT), hi = (int)fa_clamp(end - key, 0, 2 * NT);
+        const int64_t row = f.row + 8 * x, at = KEYS ? row - f.p.offset : row + f.p.offset, column = c0 + f.column;
+        const int64_t end = row < rows ? fa_min64(columns, at + ahead + 1) : 0;
+        const int lo = (int)fa_clamp(at - behind - column, 0, 2 * NT), hi = (int)fa_clamp(end - column, 0, 2 * NT);
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -246,109 +253,38 @@ __device__ __forceinline__ void fa_hide_places(float (&s)[MT][NT][4], const fa_f
     }
 }
 
-/* Products to scores. edges: some pair of the tile is hidden by its place. */
-template <typename T, bool MOD, int THREADS, int MT, int NT>
-__device__ __forceinline__ void fa_fwd_score(float (&s)[MT][NT][4], const fa_fwd_scores &f, const char *sMask,
-                                             int k0, bool edges)
+/* What is done to products before the mask; returns what the mask's addition has to multiply by. */
+template <typename T, bool KEYS, bool MOD, bool SLOPES, int MT, int NT>
+__device__ __forceinline__ float fa_score_before_mask(float (&s)[MT][NT][4], float (&slope)[MT][NT][4],
+                                                      const fa_sm80_scores &f, int c0)
 {
     const bool biased = MOD && f.p.mask && f.p.mask_dtype != FA_BOOL && !f.p.alibi && f.p.cap <= 0;
     if (MOD && f.p.cap > 0)
-        fa_cap<T>(s, f.p);
+        fa_cap<T, SLOPES>(s, slope, f.p);
     else if (f.scaled && !biased)
         fa_multiply(s, f.p.scale);
     if (MOD && f.p.alibi)
-        fa_add_alibi(s, f, k0);
+        fa_add_alibi<KEYS>(s, f, c0);
+    return biased ? f.p.scale : 1; /* one multiply-add */
+}
+
+/* Products of queries (rows) and keys to scores; the mask lies in sMask. edges: some pair is hidden by its place. */
+template <typename T, bool MOD, bool SLOPES, int THREADS, int MT, int NT>
+__device__ __forceinline__ void fa_sm80_score(float (&s)[MT][NT][4], float (&slope)[MT][NT][4], const fa_sm80_scores &f,
+                                              const char *sMask, int k0, bool edges)
+{
+    const float factor = fa_score_before_mask<T, false, MOD, SLOPES>(s, slope, f, k0);
     if (MOD && f.p.mask)
-        fa_apply_mask<T, THREADS>(s, f, sMask, biased ? f.p.scale : 1); /* one multiply-add */
+        fa_apply_mask<T, THREADS>(s, f, sMask, factor);
     if (edges)
-        fa_hide_places(s, f, k0);
-}
-
-/* ---- softmax ----------------------------------------------------------------------------------------------------- */
-
-/* The running softmax of a lane's rows: sums of 2^(c (s - max)), and of these times values. max is not always the
- * maximum: it follows when it falls behind by more than a factor of 2^FA_BEHIND. */
-#define FA_BEHIND 8.0f
-template <int MT, int NA> struct fa_fwd_rows {
-    float acc[MT][NA][4];
-    float max[MT][2]; /* -inf: nothing seen yet */
-    float sum[MT][2]; /* of this lane's keys only */
-};
-
-/* Rows that have fallen behind follow, and their sums shrink. */
-template <int MT, int NA>
-__device__ __forceinline__ void fa_fwd_follow(fa_fwd_rows<MT, NA> &r, const float (&top)[MT][2], float c)
-{
-#pragma unroll
-    for (int x = 0; x < 2 * MT; x++) {
-        float &max = r.max[x / 2][x % 2], factor = 1;
-        if ((top[x / 2][x % 2] - max) * c > FA_BEHIND) {
-            factor = max == -INFINITY ? 0 : ptx_exp2((max - top[x / 2][x % 2]) * c);
-            max = top[x / 2][x % 2];
-        }
-        r.sum[x / 2][x % 2] *= factor;
-#pragma unroll
-        for (int n = 0; n < NA; n++) {
-            r.acc[x / 2][n][x % 2 * 2] *= factor;
-            r.acc[x / 2][n][x % 2 * 2 + 1] *= factor;
-        }
-    }
-}
-
-/* s <- weights */
-template <int MT, int NT, int NA>
-__device__ __forceinline__ void fa_fwd_softmax(float (&s)[MT][NT][4], fa_fwd_rows<MT, NA> &r, float c)
-{
-    float top[MT][2];
-    bool behind = false;
-#pragma unroll
-    for (int x = 0; x < 2 * MT; x++) {
-        float most = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-            most = fmaxf(most, fmaxf(s[x / 2][n][x % 2 * 2], s[x / 2][n][x % 2 * 2 + 1]));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        top[x / 2][x % 2] = most;
-        behind |= (most - r.max[x / 2][x % 2]) * c > FA_BEHIND;
-    }
-    if (__any_sync(0xffffffffu, behind))
-        fa_fwd_follow(r, top, c);
-#pragma unroll
-    for (int x = 0; x < 2 * MT; x++) {
-        const float max = r.max[x / 2][x % 2];
-        float base = max == -INFINITY ? 0 : -max * c; /* nothing seen yet: every weight is 2^-inf = 0 */
-        if (base == INFINITY) { /* only what a float mask all but hides */
-            base = 0;
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                s[x / 2][n][x % 2 * 2] -= max;
-                s[x / 2][n][x % 2 * 2 + 1] -= max;
-            }
-        }
-        float sum = 0;
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int e = x % 2 * 2; e < x % 2 * 2 + 2; e++) {
-                s[x / 2][n][e] = ptx_exp2(fmaf(s[x / 2][n][e], c, base));
-                sum += s[x / 2][n][e];
-            }
-        r.sum[x / 2][x % 2] += sum;
-    }
-}
-
-/* The exponent of 2 that a row's sums are in units of; a finite maximum stays finite. */
-__device__ __forceinline__ float fa_fwd_base(float max, float c)
-{
-    return max == -INFINITY ? max : fmaxf(max * c, -FLT_MAX);
+        fa_hide_places<false>(s, f, k0);
 }
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
 
 /* w <- 0 where dropout drops */
 template <int MT, int NT>
-__device__ __forceinline__ void fa_fwd_drop(float (&w)[MT][NT][4], const fa_fwd_scores &f, int k0)
+__device__ __forceinline__ void fa_drop_weights(float (&w)[MT][NT][4], const fa_sm80_scores &f, int k0)
 {
 #pragma unroll
     for (int x = 0; x < 2 * MT; x++)
