@@ -31,7 +31,7 @@ test-core: $(DONE)/tools
 	  if command -v nvcc; then cmake --preset cuda; cmake --build --preset cuda; fi
 
 test-package: $(DONE)/test build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 bench: $(DONE)/bench build
 	$(BIN)/python -m flashattn_ext.bench $(ARGS)

@@ -87,6 +87,7 @@ typedef struct fa_args {
     int64_t window_left;  /* query i sees keys j with i + offset - left <= j <= i + offset + right; -1 = unbounded. */
     int64_t window_right; /* Causal is right = 0. */
     bool bottom_right;    /* offset: false = 0 (top-left), true = kv_len - q_len of the sequence */
+    bool allow_tf32;      /* a GPU may round float32 to TF32 in products, which then keep 10 bits instead of 23 */
     double dropout_p;     /* in [0, 1]; see common/fa_philox.h for which weights it drops */
     uint64_t dropout_seed;
 
@@ -164,6 +165,7 @@ typedef struct fa_plan {
     double bytes;            /* each input read once and each output written once */
     const char *why;         /* why this kernel */
     const char *why_splits;
+    const void *family;      /* of a GPU's kernels, which runs the plan */
 } fa_plan;
 
 /* The arguments must have passed fa_validate_*. num_threads >= 1 is how many workers the caller can start. */
@@ -183,7 +185,7 @@ typedef struct fa_exec {
     void *pool;               /* handed to parallel */
     void *workspace;          /* plan.workspace bytes, any alignment */
     size_t workspace_size;
-    void *stream;             /* fa_cuda_run_*: the cudaStream_t to use; NULL: the default one */
+    void *stream;             /* fa_cuda_run*: the cudaStream_t to use; NULL: the default one */
 } fa_exec;
 
 /* The results are the same, bit for bit, for any plan.threads and any schedule of the workers. */
@@ -234,7 +236,7 @@ fa_status fa_run_merge(const fa_merge_args *a, int num_threads, const fa_exec *e
 int fa_cuda_devices(void);
 
 /* The arguments must have passed fa_validate_*. FLASHATTN_EXT_CUDA_ARCH = plain | sm80 | sm90 names the highest family
- * of kernels to use; without it, sm80. */
+ * of kernels to use. */
 void fa_cuda_plan_forward(const fa_args *a, fa_plan *plan);
 void fa_cuda_plan_backward(const fa_args *a, fa_plan *plan);
 
@@ -248,8 +250,7 @@ fa_status fa_cuda_read(void *to, const void *from, size_t bytes, fa_error *err);
 /* Starts the work on exec->stream and returns; nothing is synchronised, so that it can be captured in a CUDA graph.
  * plan.workspace bytes of the device's memory, aligned to 256. Lengths and offsets are not checked: beyond their range
  * they count as its end, and nothing outside of the tensors is read or written. */
-fa_status fa_cuda_run_forward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
-fa_status fa_cuda_run_backward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
+fa_status fa_cuda_run(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
 
 /* ---- what this machine and this build can do -------------------------------------------------------------------- */
 

@@ -19,7 +19,7 @@ _WAY_OUT = ("flashattn_ext.reference.attention differentiates any number of time
 
 @graph.whole
 def attention(*args):
-    """The op `forward` with gradients: (out, lse) of its 15 arguments, in the order of the schema.
+    """The op `forward` with gradients: (out, lse) of its 16 arguments, in the order of the schema.
 
     out (B, HQ, SQ, DV) and lse (B, HQ, SQ) are both differentiable with respect to query, key, value, attn_mask and
     sinks.
@@ -33,7 +33,7 @@ def attention(*args):
 
 @graph.whole
 def packed(*args):
-    """The op `varlen_forward` with gradients: (out, lse) of its 18 arguments, in the order of the schema.
+    """The op `varlen_forward` with gradients: (out, lse) of its 19 arguments, in the order of the schema.
 
     out (T, HQ, DV) and lse (HQ, T) are both differentiable with respect to query, key, value and sinks.
     """
@@ -77,7 +77,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
-            return (None,) * 15
+            return (None,) * 16
         if ctx.needs_input_grad[5]:
             raise RuntimeError("alibi_slopes has no gradient, but requires_grad is True; pass alibi_slopes.detach()")
         needs = sum(1 << place for place in range(5) if ctx.needs_input_grad[place])
@@ -91,7 +91,7 @@ class Attention(torch.autograd.Function):
             grads = _apply(Backward, args)
         else:
             grads = _backward(*args)
-        return *(grad if ctx.needs_input_grad[place] else None for place, grad in enumerate(grads)), *(None,) * 10
+        return *(grad if ctx.needs_input_grad[place] else None for place, grad in enumerate(grads)), *(None,) * 11
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -140,13 +140,13 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5], *inputs[7:10])
-        ctx.options = inputs[10:17]
+        ctx.options = inputs[10:18]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
-            return (None,) * 18
+            return (None,) * 19
         if ctx.needs_input_grad[8]:
             raise RuntimeError("alibi_slopes has no gradient, but requires_grad is True; pass alibi_slopes.detach()")
         places = (0, 1, 2, 7)
@@ -161,7 +161,7 @@ class PackedAttention(torch.autograd.Function):
             found = _apply(PackedBackward, args)
         else:
             found = _varlen_backward(*args)
-        grads = [None] * 18
+        grads = [None] * 19
         for place, grad in zip(places, found):
             if ctx.needs_input_grad[place]:
                 grads[place] = grad

@@ -59,7 +59,7 @@ def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
     needs = sum(1 << place for place, x in enumerate((query, key, value, attn_mask, sinks))
                 if isinstance(x, torch.Tensor) and x.requires_grad)
     # On meta tensors nothing of this computes. dropout_p is left out, as it would draw a seed.
-    (q, k, v, mask, *_, left, right, bottom_right, _), _, _ = normalise(
+    (q, k, v, mask, *_, left, right, bottom_right, _, _), _, _ = normalise(
         *map(_on_meta, (query, key, value, attn_mask)), 0.0, is_causal, scale, enable_gqa, window, softcap,
         *map(_on_meta, (sinks, alibi_slopes, q_seqlens, kv_seqlens)), device_type=query.device.type)
     _check_agreement(q, k, v)

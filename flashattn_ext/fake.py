@@ -5,21 +5,21 @@ import torch
 
 @torch.library.register_fake("flashattn_ext::forward")
 def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, dropout_seed, scale, softcap,
-            window_left, window_right, bottom_right, dropout_p):
+            window_left, window_right, bottom_right, dropout_p, allow_tf32):
     _require_one_device(query, key, value, attn_mask, sinks, alibi_slopes)
     out = _empty((*query.shape[:3], value.shape[3]), query)
     return out, _new_lse(query, query.shape[:3])
 
 
 @torch.library.register_fake("flashattn_ext::forward_plain")
-def forward_plain(query, key, value, scale, is_causal):
+def forward_plain(query, key, value, scale, is_causal, allow_tf32):
     _require_one_device(query, key, value)
     return _empty((*query.shape[:3], value.shape[3]), query)
 
 
 @torch.library.register_fake("flashattn_ext::backward")
 def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens,
-             dropout_seed, scale, softcap, window_left, window_right, bottom_right, dropout_p, needs):
+             dropout_seed, scale, softcap, window_left, window_right, bottom_right, dropout_p, allow_tf32, needs):
     def gradient(place, x):
         if not needs >> place & 1:
             return query.new_empty(0, dtype=query.dtype if x is None else x.dtype)
@@ -30,7 +30,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, 
 
 @torch.library.register_fake("flashattn_ext::varlen_forward")
 def varlen_forward(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, sinks, alibi_slopes, dropout_seed,
-                   max_q, max_k, scale, softcap, window_left, window_right, dropout_p, num_splits):
+                   max_q, max_k, scale, softcap, window_left, window_right, dropout_p, allow_tf32, num_splits):
     _require_one_device(query, key, value)
     tokens, heads = query.shape[:2]
     return query.new_empty((tokens, heads, value.shape[-1])), _new_lse(query, (heads, tokens))
@@ -38,7 +38,8 @@ def varlen_forward(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table
 
 @torch.library.register_fake("flashattn_ext::varlen_backward")
 def varlen_backward(grad_out, grad_lse, query, key, value, out, lse, cu_seq_q, cu_seq_k, sinks, alibi_slopes,
-                    dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, needs):
+                    dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, allow_tf32,
+                    needs):
     def gradient(place, x):
         if not needs >> place & 1:
             return query.new_empty(0, dtype=query.dtype if x is None else x.dtype)

@@ -17,7 +17,8 @@ def report():
     lines += ["", "CPU"]
     lines += [f"  {'detected':<14}{_words(flags['detected'])}", f"  {'enabled':<14}{_words(flags['enabled'])}"]
     lines += ["  FLASHATTN_EXT_ISA = scalar | avx2 | avx512 | avx512bf16 sets the highest to use"]
-    lines += ["  FLASHATTN_EXT_CUDA_ARCH = plain | sm80 | sm90 likewise for GPUs; unset: sm80"] if build_info()["cuda"] else []
+    if build_info()["cuda"]:
+        lines += ["  FLASHATTN_EXT_CUDA_ARCH = plain | sm80 | sm90 likewise for GPUs"]
     lines += ["", "Kernels" + " " * 29 + "op       dtype     runs here"]
     lines += [f"  {k['name']:<34}{k['op']:<9}{k['dtype']:<10}{'yes' if k['usable'] else 'no'}" for k in kernels()]
     return "\n".join(lines)

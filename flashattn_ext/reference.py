@@ -244,7 +244,9 @@ def _write_row(cache, scale, place, b, row):
     if scale is None:
         cache[place] = row.to(cache.dtype)
         return
-    row, largest = row.float(), 127.0 if cache.dtype == torch.int8 else 448.0
+    row = row.float()
+    # A tensor, since CUDA's division by a Python number multiplies by its rounded reciprocal.
+    largest = row.new_tensor(127.0 if cache.dtype == torch.int8 else 448.0)
     if scale.dim() == 3:
         by = row.abs().amax(-1).clamp(max=torch.finfo(torch.float32).max) / largest
         scale[place] = torch.where(by > 0, by, 1.0)

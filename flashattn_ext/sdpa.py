@@ -21,6 +21,7 @@ _forward_plain = ops.forward_plain._op
 # Beyond any sequence: a side of sys.maxsize, say, is as good as unbounded, and the core adds positions to it in int64.
 _FAR = 2**62
 
+_fp32_precision = torch._C._get_fp32_precision_getter
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -81,7 +82,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             and not _is_any_autocast_enabled() and not _transforms_active() and forward_ad._current_level < 0):
         try:
             if enable_gqa or query.shape[1] == key.shape[1]:
-                return _forward_plain(query, key, value, scale, is_causal)
+                return _forward_plain(query, key, value, scale, is_causal, allows_tf32(query))
         except (RuntimeError, IndexError):
             pass
 
@@ -120,7 +121,7 @@ def set_deterministic(mode=True):
 
 def normalise(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, sinks,
               alibi_slopes, q_seqlens, kv_seqlens, device_type=None):
-    """The op's 15 arguments for a call; the batch dimensions that its results have instead of B; do they have heads?
+    """The op's 16 arguments for a call; the batch dimensions that its results have instead of B; do they have heads?
 
     device_type: whose autocast is in force, where it is not that of query.
     """
@@ -144,8 +145,21 @@ def normalise(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     kv_seqlens = _lengths(kv_seqlens, "kv_seqlens", batch)
     seed = draw_seed() if dropout_p > 0 else None
     args = (query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, seed, scale, float(softcap), left,
-            right, bottom_right, float(dropout_p))
+            right, bottom_right, float(dropout_p), allows_tf32(query))
     return args, batch, has_heads
+
+
+def allows_tf32(query):
+    """May float32 be rounded to TF32 in products? On a GPU, torch.set_float32_matmul_precision says so."""
+    return query.is_cuda and query.dtype is torch.float32 and _gpu_rounds_to_tf32()
+
+
+def _gpu_rounds_to_tf32():
+    return _fp32_precision("cuda", "matmul") == "tf32"  # torch.backends.cuda.matmul.fp32_precision, in a sixth of its time
+
+
+# In a compiled graph: what was set when it was compiled.
+_gpu_rounds_to_tf32._dynamo_marked_constant = True
 
 
 def draw_seed():

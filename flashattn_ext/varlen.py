@@ -86,7 +86,7 @@ def packed_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
     seed = sdpa.draw_seed() if dropout_p > 0 else None
     try:
         return packed(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, sinks, alibi_slopes, seed, max_q,
-                      max_k, scale, float(softcap), left, right, float(dropout_p), splits)
+                      max_k, scale, float(softcap), left, right, float(dropout_p), sdpa.allows_tf32(query), splits)
     except RuntimeError:
         if state is not None:  # a refused call leaves the generator as it was
             torch.set_rng_state(state)

@@ -227,7 +227,7 @@ def test_ahead_of_time_autograd():
 
 
 def op_arguments(case, seed=None):
-    """The 15 arguments of the op `forward` for a case (only options that need no normalisation)."""
+    """The 16 arguments of the op `forward` for a case (only options that need no normalisation)."""
     inputs = build(case)
     options = inputs.options
     left, right = options.get("window", (-1, -1))
@@ -235,7 +235,7 @@ def op_arguments(case, seed=None):
     return (inputs.query, inputs.key, inputs.value, options.get("attn_mask"), options.get("sinks"),
             options.get("alibi_slopes"), options.get("q_seqlens"), options.get("kv_seqlens"), seed,
             options.get("scale"),
-            options.get("softcap", 0.0), left, -1 if right is None else right, False, options.get("dropout_p", 0.0))
+            options.get("softcap", 0.0), left, -1 if right is None else right, False, options.get("dropout_p", 0.0), False)
 
 
 OPCHECK = [
@@ -261,10 +261,10 @@ def test_opcheck_forward_plain(layout, is_causal):
     case = Case(layout=layout, SQ=70, SK=70, HQ=4, HK=2)
     query, key, value = op_arguments(case)[:3]
     plain = torch.ops.flashattn_ext.forward_plain.default
-    torch.library.opcheck(plain, (query, key, value, 0.3, is_causal))
+    torch.library.opcheck(plain, (query, key, value, 0.3, is_causal, False))
     out, _ = torch.ops.flashattn_ext.forward(query, key, value, *[None] * 6, 0.3, 0.0, -1, 0 if is_causal else -1, False,
-                                             0.0)
-    assert torch.equal(plain(query, key, value, 0.3, is_causal), out)
+                                             0.0, False)
+    assert torch.equal(plain(query, key, value, 0.3, is_causal, False), out)
 
 
 @pytest.mark.parametrize("case, seed", OPCHECK, ids=lambda x: x.id if isinstance(x, Case) else "")

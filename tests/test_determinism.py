@@ -96,7 +96,7 @@ def test_the_op_drops_what_philox_says(seed, p):
     zeros = torch.zeros(2, 2, SQ, 4), torch.zeros(2, 2, SK, 4), torch.eye(SK).expand(2, 2, SK, SK)
     seed_tensor = torch.tensor([seed], device="cpu")
     out, _ = torch.ops.flashattn_ext.forward(*zeros, None, None, None, None, None, seed_tensor, None, 0.0, -1,
-                                             -1, False, p)
+                                             -1, False, p, False)
     assert torch.equal((out != 0).cpu(), naive.dropout_keep(seed, p, 2, 2, SQ, SK).cpu())
 
 

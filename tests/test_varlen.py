@@ -436,8 +436,8 @@ def opcheck(op, args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_opcheck(dtype):
     made = Packed([5, 3], [6, 4], dtype, DV=24, past=1)
-    sinks, seed = normal(4, dtype=dtype), torch.tensor([7])
-    options = (5, 6, None, 1.5, 4, 0, 0.25)
+    sinks, seed = normal(4, dtype=dtype), torch.tensor([7], device="cpu")
+    options = (5, 6, None, 1.5, 4, 0, 0.25, False)
     opcheck(torch.ops.flashattn_ext.varlen_forward, (made.q, made.k, made.v, made.cu_q, made.cu_k, None, None, sinks,
                                                      slopes(4), seed, *options, 0))
     out, lse = torch.ops.flashattn_ext.varlen_forward(made.q, made.k, made.v, made.cu_q, made.cu_k, None, None, sinks,
@@ -448,4 +448,4 @@ def test_opcheck(dtype):
             slopes(4), seed, *options, needs))
     k_pages, v_pages, table = paginate([x[:10].view(2, 5, *x.shape[1:]) for x in (made.k, made.v)], 2, [5, 3])
     opcheck(torch.ops.flashattn_ext.varlen_forward, (made.q, k_pages, v_pages, made.cu_q, None, torch.tensor([5, 3]),
-                                                     table, None, None, None, *options[:-1], 0.0, 2))
+                                                     table, None, None, None, *options[:-2], 0.0, False, 2))

@@ -31,13 +31,7 @@ static fa_status no_cuda(fa_error *err)
     return FA_ERR_UNSUPPORTED;
 }
 
-fa_status fa_cuda_run_forward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err)
-{
-    (void)a, (void)plan, (void)exec;
-    return no_cuda(err);
-}
-
-fa_status fa_cuda_run_backward(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err)
+fa_status fa_cuda_run(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err)
 {
     (void)a, (void)plan, (void)exec;
     return no_cuda(err);

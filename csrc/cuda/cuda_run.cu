@@ -71,7 +71,9 @@ static void plan(const fa_args *a, bool backward, fa_plan *p)
     memset(p, 0, sizeof *p);
     p->kind = FA_KERNEL_CUDA;
     p->chunk_panels = 1;
-    family_of(a, backward)->plan(a, a->device, p);
+    const fa_cuda_family *f = family_of(a, backward);
+    f->plan(a, a->device, p);
+    p->family = f;
     p->workspace = p->shared_bytes;
     fa_plan_work(a, backward, p);
 }
@@ -111,23 +113,13 @@ template <class Body> static fa_status on_device(int device, fa_error *err, cons
     return status;
 }
 
-fa_status fa_cuda_run_forward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
+fa_status fa_cuda_run(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
 {
     fa_status status = check_workspace(p, exec, err);
     if (status)
         return status;
     return on_device(a->device, err, [&] {
-        return family_of(a, false)->launch(a, p, exec->workspace, (cudaStream_t)exec->stream, err);
-    });
-}
-
-fa_status fa_cuda_run_backward(const fa_args *a, const fa_plan *p, const fa_exec *exec, fa_error *err)
-{
-    fa_status status = check_workspace(p, exec, err);
-    if (status)
-        return status;
-    return on_device(a->device, err, [&] {
-        return family_of(a, true)->launch(a, p, exec->workspace, (cudaStream_t)exec->stream, err);
+        return ((const fa_cuda_family *)p->family)->launch(a, p, exec->workspace, (cudaStream_t)exec->stream, err);
     });
 }
 

@@ -207,12 +207,6 @@ inline void require_cpu(const Tensor &t, const char *name)
                ", but this build of flashattn_ext computes on the CPU only: every tensor must be on cpu");
 }
 
-inline void require_cpu(const MaybeTensor &t, const char *name)
-{
-    if (t)
-        require_cpu(*t, name);
-}
-
 // The device of all tensors of a call but the dropout seed.
 struct Place {
     int32_t type = CPU, index = 0;
@@ -265,6 +259,8 @@ inline uint64_t seed_of(const MaybeTensor &seed, double dropout_p)
     if (dtype_of(*seed).fa != FA_I64 || seed->numel() != 1)
         refuse("dropout_seed must be one int64, got " + std::to_string(seed->numel()) + " elements of " +
                dtype_of(*seed).name);
+    if (device_type(*seed) != CPU)
+        refuse("dropout_seed is on " + device_name(*seed) + ": it must be on cpu, whatever the device of the others");
     return static_cast<uint64_t>(*static_cast<const int64_t *>(seed->const_data_ptr()));
 }
 
@@ -494,7 +490,7 @@ inline void plan_and_run_on_gpu(const fa_args &a, Direction direction)
                           .workspace_size = plan.workspace,
                           .stream = current_stream(a.device)};
     fa_error err;
-    check((direction == FORWARD ? fa_cuda_run_forward : fa_cuda_run_backward)(&a, &plan, &exec, &err), err);
+    check(fa_cuda_run(&a, &plan, &exec, &err), err);
 }
 
 inline void plan_and_run(const fa_args &a, Direction direction)

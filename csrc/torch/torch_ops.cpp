@@ -19,6 +19,7 @@ struct Inputs {
     int64_t window_left, window_right;
     bool bottom_right;
     double dropout_p;
+    bool allow_tf32;
 };
 
 fa_tensor mask_view(const MaybeTensor &t)
@@ -40,7 +41,6 @@ Place check_devices(const Inputs &in)
     require_at(place, in.alibi_slopes, "alibi_slopes");
     require_at(place, in.q_seqlens, "q_seqlens");
     require_at(place, in.kv_seqlens, "kv_seqlens");
-    require_cpu(in.dropout_seed, "dropout_seed");
     return place;
 }
 
@@ -72,6 +72,7 @@ fa_args args_of(const Inputs &in)
     a.window_right = in.window_right;
     a.bottom_right = in.bottom_right;
     a.dropout_p = in.dropout_p;
+    a.allow_tf32 = in.allow_tf32;
     a.dropout_seed = seed_of(in.dropout_seed, in.dropout_p);
     return a;
 }
@@ -91,10 +92,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor &query, const Tensor &key, const
                                    const MaybeTensor &alibi_slopes, const MaybeTensor &q_seqlens,
                                    const MaybeTensor &kv_seqlens, const MaybeTensor &dropout_seed,
                                    std::optional<double> scale, double softcap, int64_t window_left,
-                                   int64_t window_right, bool bottom_right, double dropout_p)
+                                   int64_t window_right, bool bottom_right, double dropout_p, bool allow_tf32)
 {
     fa_args a = args_of({query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, dropout_seed, scale,
-                         softcap, window_left, window_right, bottom_right, dropout_p});
+                         softcap, window_left, window_right, bottom_right, dropout_p, allow_tf32});
     plan_results(&a);
     const Place place = place_of(a);
     Tensor out = allocate(&a.out, 0, 4, place), lse = allocate(&a.lse, 0, 3, place);
@@ -104,11 +105,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor &query, const Tensor &key, const
 
 // forward without options and without the log-sum-exp: the cost of a tiny call is that of its arguments and results.
 Tensor forward_plain(const Tensor &query, const Tensor &key, const Tensor &value, std::optional<double> scale,
-                     bool is_causal)
+                     bool is_causal, bool allow_tf32)
 {
     const MaybeTensor none;
     fa_args a = args_of({query, key, value, none, none, none, none, none, none, scale, 0.0, -1, is_causal ? 0 : -1,
-                         false, 0.0});
+                         false, 0.0, allow_tf32});
     plan_results(&a);
     Tensor out = allocate(&a.out, 0, 4, place_of(a));
     const Scratch lse = scratch(&a.lse, place_of(a));
@@ -148,11 +149,12 @@ backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tensor &quer
          const Tensor &value, const Tensor &out, const Tensor &lse, const MaybeTensor &attn_mask,
          const MaybeTensor &sinks, const MaybeTensor &alibi_slopes, const MaybeTensor &q_seqlens,
          const MaybeTensor &kv_seqlens, const MaybeTensor &dropout_seed, std::optional<double> scale, double softcap,
-         int64_t window_left, int64_t window_right, bool bottom_right, double dropout_p, int64_t needs)
+         int64_t window_left, int64_t window_right, bool bottom_right, double dropout_p, bool allow_tf32,
+         int64_t needs)
 {
     const Inputs in = {query,      key,           value,        attn_mask, sinks,   alibi_slopes, q_seqlens,
                        kv_seqlens, dropout_seed,  scale,        softcap,   window_left, window_right,
-                       bottom_right, dropout_p};
+                       bottom_right, dropout_p, allow_tf32};
     fa_args a = args_of(in);
     const Place place = place_of(a);
     require_at(place, grad_out, "grad_out");
@@ -187,13 +189,15 @@ STABLE_TORCH_LIBRARY(flashattn_ext, m)
 {
     m.def("forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
           "Tensor? q_seqlens, Tensor? kv_seqlens, Tensor? dropout_seed, float? scale, float softcap, "
-          "int window_left, int window_right, bool bottom_right, float dropout_p) -> (Tensor out, Tensor lse)");
-    m.def("forward_plain(Tensor query, Tensor key, Tensor value, float? scale, bool is_causal) -> Tensor");
+          "int window_left, int window_right, bool bottom_right, float dropout_p, bool allow_tf32) -> "
+          "(Tensor out, Tensor lse)");
+    m.def("forward_plain(Tensor query, Tensor key, Tensor value, float? scale, bool is_causal, bool allow_tf32) -> "
+          "Tensor");
     m.def("backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
           "Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? q_seqlens, Tensor? kv_seqlens, "
           "Tensor? dropout_seed, float? scale, float softcap, int window_left, int window_right, bool bottom_right, "
-          "float dropout_p, int needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, "
-          "Tensor grad_sinks)");
+          "float dropout_p, bool allow_tf32, int needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+          "Tensor grad_mask, Tensor grad_sinks)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashattn_ext, CPU, m)

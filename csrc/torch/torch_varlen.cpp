@@ -17,6 +17,7 @@ struct Packed {
     double softcap;
     int64_t window_left, window_right;
     double dropout_p;
+    bool allow_tf32;
     int64_t num_splits;
 };
 
@@ -31,7 +32,6 @@ Place check_devices(const Packed &in)
     require_at(place, in.block_table, "block_table");
     require_at(place, in.sinks, "sinks");
     require_at(place, in.alibi_slopes, "alibi_slopes");
-    require_cpu(in.dropout_seed, "dropout_seed");
     return place;
 }
 
@@ -69,6 +69,7 @@ fa_args args_of(const Packed &in)
     a.window_left = in.window_left;
     a.window_right = in.window_right;
     a.dropout_p = in.dropout_p;
+    a.allow_tf32 = in.allow_tf32;
     a.dropout_seed = seed_of(in.dropout_seed, in.dropout_p);
     a.splits_wanted = in.num_splits;
     return a;
@@ -104,10 +105,12 @@ std::tuple<Tensor, Tensor> varlen_forward(const Tensor &query, const Tensor &key
                                           const MaybeTensor &sinks, const MaybeTensor &alibi_slopes,
                                           const MaybeTensor &dropout_seed, int64_t max_q, int64_t max_k,
                                           std::optional<double> scale, double softcap, int64_t window_left,
-                                          int64_t window_right, double dropout_p, int64_t num_splits)
+                                          int64_t window_right, double dropout_p, bool allow_tf32,
+                                          int64_t num_splits)
 {
     const Packed in = {query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, sinks, alibi_slopes,
-                       dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, num_splits};
+                       dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, allow_tf32,
+                       num_splits};
     fa_args a = args_of(in);
     const int64_t HQ = a.q.size[1], T = a.q.size[2];
     a.out = planned_rows({1, HQ, T, a.v.size[3]}, a.q.dtype);
@@ -153,11 +156,12 @@ varlen_backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tenso
                 const Tensor &value, const Tensor &out, const Tensor &lse, const Tensor &cu_seq_q,
                 const Tensor &cu_seq_k, const MaybeTensor &sinks, const MaybeTensor &alibi_slopes,
                 const MaybeTensor &dropout_seed, int64_t max_q, int64_t max_k, std::optional<double> scale,
-                double softcap, int64_t window_left, int64_t window_right, double dropout_p, int64_t needs)
+                double softcap, int64_t window_left, int64_t window_right, double dropout_p, bool allow_tf32,
+                int64_t needs)
 {
     const MaybeTensor none, offsets_k = cu_seq_k;
     const Packed in = {query, key, value, cu_seq_q, offsets_k, none, none, sinks, alibi_slopes,
-                       dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, 0};
+                       dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, allow_tf32, 0};
     fa_args a = args_of(in);
     const Place place = place_of(a);
     require_at(place, grad_out, "grad_out");
@@ -192,11 +196,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashattn_ext, m)
     m.def("varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor? cu_seq_k, "
           "Tensor? seqused_k, Tensor? block_table, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
           "SymInt max_q, SymInt max_k, float? scale, float softcap, int window_left, int window_right, "
-          "float dropout_p, int num_splits) -> (Tensor out, Tensor lse)");
+          "float dropout_p, bool allow_tf32, int num_splits) -> (Tensor out, Tensor lse)");
     m.def("varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
           "Tensor lse, Tensor cu_seq_q, Tensor cu_seq_k, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
           "SymInt max_q, SymInt max_k, float? scale, float softcap, int window_left, int window_right, "
-          "float dropout_p, int needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+          "float dropout_p, bool allow_tf32, int needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
           "Tensor grad_sinks)");
 }
 

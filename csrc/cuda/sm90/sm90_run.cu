@@ -89,7 +89,7 @@ static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *wo
 
 const fa_cuda_family fa_fwd_sm90 = {.target = "sm90", .runs_on = runs_on_hopper,
                                     .kernel = kernel_forward, .can = can_forward, .plan = plan_forward,
-                                    .launch = launch_forward, .by_name = true};
+                                    .launch = launch_forward};
 const fa_cuda_family fa_bwd_sm90 = {.target = "sm90", .runs_on = runs_on_hopper,
                                     .kernel = kernel_backward, .can = can_backward, .plan = plan_backward,
                                     .launch = launch_backward, .by_name = true};
