@@ -19,6 +19,7 @@ struct fa_sm80_params {
     int64_t splits, split_keys; /* forward: parts of the keys, a multiple of the tile's */
     float *partial;             /* [splits][B HQ SQ][2 + DV] where the keys are split */
     const float *lse2, *delta;  /* backward: [B HQ SQ], smxx_rows.cu */
+    float keep;                 /* 1 / (1 - dropout_p); 0 where that is 1 */
 };
 
 /* Tiles for head dimensions up to dp. Forward: warps of 16 mt query rows, `cols` keys. Backward: warps of 16 mt rows,
@@ -73,25 +74,29 @@ constexpr size_t fa_bwd_bytes(fa_sm80_tile t, size_t esize)
     return (size_t)(2 * fa_tile_rows(t)) * (t.dp * esize + 16) + fa_bwd_stages(t.dp, esize) * stage + 16;
 }
 
-/* One compiled pair of head dimension and dtype (sm80_fwd_tmpl.cu, sm80_bwd_tmpl.cu). */
+/* One compiled pair of head dimension and dtype (sm80_fwd_tmpl.cu, sm80_bwd_tmpl.cu): with all
+ * options, or, plain, for calls that need no more than ranges of keys. */
 enum fa_sm80_pass { FA_PASS_FWD, FA_PASS_DKV, FA_PASS_DQ, FA_PASS_DMASK };
 typedef fa_status fa_sm80_launch(const char *name, fa_sm80_pass pass, const fa_sm80_params &p, int64_t blocks,
                                  cudaStream_t stream, fa_error *err);
 
 #define FA_SM80_DECLARE(op, type)                                                                                      \
     fa_sm80_launch fa_##op##_sm80_##type##_hd64, fa_##op##_sm80_##type##_hd128, fa_##op##_sm80_##type##_hd256,         \
-        fa_##op##_sm80_##type##_hd512;
+        fa_##op##_sm80_##type##_hd512, fa_##op##_sm80_##type##_hd64_plain, fa_##op##_sm80_##type##_hd128_plain,        \
+        fa_##op##_sm80_##type##_hd256_plain;
 FA_SM80_DECLARE(fwd, f32)
+FA_SM80_DECLARE(fwd, tf32)
 FA_SM80_DECLARE(fwd, bf16)
 FA_SM80_DECLARE(fwd, f16)
 FA_SM80_DECLARE(bwd, f32)
+FA_SM80_DECLARE(bwd, tf32)
 FA_SM80_DECLARE(bwd, bf16)
 FA_SM80_DECLARE(bwd, f16)
 
-/* Is there a second kernel for calls that need no more than ranges of keys? */
-constexpr bool fa_has_plain(int dp, size_t esize, bool backward)
+/* Are there plain kernels? Masks need shared memory beside the tiles, so that forward's of 256 are smaller with them. */
+constexpr bool fa_has_plain(int dp, bool f32, bool backward)
 {
-    return dp <= (backward ? 128 : 256) && esize == 2;
+    return dp <= 128 || (dp == 256 && !f32 && !backward);
 }
 
 /* place of a call's head dimensions among these: 64, 128, 256, 512 */
@@ -142,26 +147,41 @@ __device__ __forceinline__ int64_t fa_first_key_at(const fa_args *a, const fa_se
     return h * t->stride[1] + (a->page_size ? 0 : s->k_batch * t->stride[0] + s->k_row * t->stride[2]);
 }
 
-/* A lane's part (rows 8 x + ..) of a row of results times factor; out: column c0 of the row, d: columns from there on.
- * vectors: pairs lie side by side. */
-template <typename T, int NA>
-__device__ __forceinline__ void fa_store_results(T *out, int64_t step, int d, const float (&acc)[NA][4], int x,
-                                                 float factor, bool vectors)
+/* Results of a warp, each row times its factor, to rows first .. below limit of t, from column c0 on; row i lies at
+ * at(i). They go through `stage`, shared memory of the warp, of LDB bytes a row, so that they are written in vectors
+ * where t allows. */
+template <typename T, int LDB, int MT, int NA, class At>
+__device__ __forceinline__ void fa_store_rows(char *stage, const fa_tensor *t, const float (&acc)[MT][NA][4],
+                                              const float (&factor)[2 * MT], int64_t first, int64_t limit, int c0,
+                                              bool vectors, At at)
 {
+    constexpr int WORD = 16 / (int)sizeof(T), LANES = 8 * NA / WORD < 16 ? 8 * NA / WORD : 16;
+    const int lane = threadIdx.x % 32, d = (int)t->size[3] - c0;
+    __syncwarp();
 #pragma unroll
-    for (int n = 0; n < NA; n++) {
-        const float lo = acc[n][x % 2 * 2] * factor, hi = acc[n][x % 2 * 2 + 1] * factor;
-        const int c = fa_column<T>(n, 0), e = fa_column<T>(n, 1);
-        if constexpr (sizeof(T) == 2)
-            if (vectors) {
-                if (c < d)
-                    *(uint32_t *)(out + c) = fa_pack(lo, hi, T());
-                continue;
-            }
-        if (c < d)
-            out[c * step] = fa_from<T>(lo);
-        if (e < d)
-            out[e * step] = fa_from<T>(hi);
+    for (int x = 0; x < 2 * MT; x++)
+#pragma unroll
+        for (int n = 0; n < NA; n++) {
+            T *row = (T *)(stage + (lane / 4 + 8 * x) * LDB);
+            const float lo = acc[x / 2][n][x % 2 * 2] * factor[x], hi = acc[x / 2][n][x % 2 * 2 + 1] * factor[x];
+            if constexpr (sizeof(T) == 2)
+                *(uint32_t *)(row + fa_column<T>(n, 0)) = fa_pack(lo, hi, T());
+            else
+                row[fa_column<T>(n, 0)] = lo, row[fa_column<T>(n, 1)] = hi;
+        }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane / LANES; i < 16 * MT && first + i < limit; i += 32 / LANES) {
+        const T *from = (const T *)(stage + i * LDB);
+        T *to = (T *)t->data + at(first + i) + c0 * t->stride[3];
+#pragma unroll 1
+        for (int c = lane % LANES * WORD; c < 8 * NA && c < d; c += LANES * WORD) {
+            if (vectors)
+                *(uint4 *)(to + c) = *(const uint4 *)(from + c);
+            else
+                for (int e = c; e < c + WORD && e < d; e++)
+                    to[e * t->stride[3]] = from[e];
+        }
     }
 }
 

@@ -26,14 +26,14 @@
 
 /* DA: columns of dK and dV, or of dQ, that a block sums; more are taken by other blocks, which compute P and dS
  * anew. */
-template <typename T_, int DP_, bool KEYS_, bool MOD_> struct fa_bwd_config {
-    using T = T_;
+template <typename P_, int DP_, bool KEYS_, bool MOD_> struct fa_bwd_config {
+    using P = P_; /* what products take, fa_tf32 or the dtype */
+    using T = typename fa_stored<P>::type;
     static constexpr fa_sm80_tile TILE = fa_bwd_tile(DP_, sizeof(T) == 4, KEYS_);
     static constexpr int DP = DP_, CN = TILE.cols, WARPS = TILE.warps, MT = TILE.mt, THREADS = 32 * WARPS;
     static constexpr int RM = fa_tile_rows(TILE), NT = CN / 8, DA = TILE.da, NA = DA / 8, LDB = fa_row_bytes<T>(DP);
     static constexpr int STAGES = fa_bwd_stages(DP, sizeof(T));
     static constexpr bool KEYS = KEYS_, MOD = MOD_;
-    using all = fa_bwd_config<T_, DP_, KEYS_, true>; /* with all options */
     static constexpr size_t SHARED = fa_bwd_bytes(TILE, sizeof(T));
     using product = float[MT][NT][4];
     using sums = float[MT][NA][4];
@@ -75,20 +75,20 @@ template <int MT> struct fa_bwd_rows {
 /* What is the same for all tiles of a head. */
 template <class C> struct fa_bwd_head {
     fa_sm80_scores f;
-    float keep; /* 1 / (1 - dropout_p) */
-    bool narrow, narrow_v, all_dropped;
+    float keep;
+    bool narrow, all_dropped;
 };
 
 template <class C>
-__device__ __forceinline__ fa_bwd_head<C> fa_bwd_head_of(const fa_args *a, const fa_seq *seq, int64_t h, int first)
+__device__ __forceinline__ fa_bwd_head<C> fa_bwd_head_of(const fa_sm80_params &p, const fa_seq *seq, int64_t h, int first)
 {
+    const fa_args *a = &p.a;
     const int lane = threadIdx.x % 32, row = first + threadIdx.x / 32 * 16 * C::MT + lane / 4;
     fa_bwd_head<C> x;
     x.f = fa_sm80_scores_of<C::MOD>(a, seq, h, row, lane % 4 * (C::CN / 4));
-    x.all_dropped = C::MOD && a->dropout_p >= 1;
-    x.keep = !C::MOD ? 1 : x.all_dropped ? 0 : (float)(1 / (1 - a->dropout_p));
-    x.narrow = a->q.size[3] <= fa_fewer<typename C::T>(C::DP);
-    x.narrow_v = a->v.size[3] <= fa_fewer<typename C::T>(C::DP);
+    x.keep = p.keep;
+    x.all_dropped = p.keep == 0;
+    x.narrow = fa_max64(a->q.size[3], a->v.size[3]) <= fa_fewer<typename C::T>(C::DP);
     return x;
 }
 
@@ -209,15 +209,13 @@ __device__ __forceinline__ void fa_bwd_weights(typename C::product &w, typename 
                                                const fa_bwd_rows<C::MT> &rows, int col0, bool edges)
 {
     using T = typename C::T;
-    using nk = fa_nk<T, C::DP, C::MT, C::NT>;
+    using nk = fa_nk<typename C::P, C::DP, C::MT, C::NT>;
     const int row0 = threadIdx.x / 32 * 16 * C::MT;
     typename C::product slope;
     fa_zero(w);
     fa_zero(ds);
-    nk::run(w, fa_lane_left<C::LDB>(ptx_shared(sh.row(0)), row0), fa_lane_nk<C::LDB>(ptx_shared(sh.column(stage, 0))),
-            head.narrow);
-    nk::run(ds, fa_lane_left<C::LDB>(ptx_shared(sh.row(1)), row0), fa_lane_nk<C::LDB>(ptx_shared(sh.column(stage, 1))),
-            head.narrow_v);
+    nk::run_two(w, ds, fa_lane_left<C::LDB>(ptx_shared(sh.row(0)), row0),
+                fa_lane_nk<C::LDB>(ptx_shared(sh.column(stage, 0))), sh.ROWS, sh.COLUMNS, head.narrow);
     fa_bwd_score<C, SLOPES && C::MOD>(w, slope, head.f, sh.mask(), col0, edges);
     fa_bwd_gradients<C, SLOPES && C::MOD, CARE>(w, ds, slope, head, sh.lse2(stage), rows, col0);
 }
@@ -229,8 +227,7 @@ __device__ __forceinline__ void fa_bwd_add(typename C::sums &acc, const typename
 {
     using T = typename C::T;
     const uint32_t tile = ptx_shared(sh.column(stage, which)) + c0 * (int)sizeof(T);
-    fa_kn<T, C::LDB, C::MT, C::NT, C::NA>::run(acc, w, fa_lane_kn<T, C::LDB>(tile),
-                                               d - c0 <= fa_fewer<T>(C::DA));
+    fa_product_kn<typename C::P, C::LDB>(acc, w, fa_lane_kn<T, C::LDB>(tile), d - c0 <= fa_fewer<T>(C::DA));
 }
 
 /* index of row i of head h in lse2 and delta */
@@ -239,19 +236,18 @@ __device__ __forceinline__ int64_t fa_bwd_row_at(const fa_args *a, const fa_seq 
     return (s->q_batch * a->q.size[1] + h) * a->q.size[2] + s->q_row;
 }
 
-/* Rows of a warp's results, times `factor`, to rows first .. of t; row i lies at at(i), and exists below `limit`. */
-template <typename T, int MT, int NA, class At>
-__device__ __forceinline__ void fa_bwd_store(const fa_tensor *t, const float (&acc)[MT][NA][4], float factor,
-                                             int64_t first, int64_t limit, int c0, bool vectors, At at)
+/* Rows of a block's results, times `factor`, over its own rows in shared memory. */
+template <class C, class At>
+__device__ __forceinline__ void fa_bwd_store(const fa_bwd_tiles<C> &sh, const fa_tensor *t, const typename C::sums &acc,
+                                             float factor, int64_t first, int64_t limit, int c0, bool vectors, At at)
 {
-    const int64_t step = t->stride[3];
+    const int row0 = threadIdx.x / 32 * 16 * C::MT;
+    float factors[2 * C::MT];
 #pragma unroll
-    for (int x = 0; x < 2 * MT; x++) {
-        const int64_t row = first + threadIdx.x / 32 * 16 * MT + threadIdx.x % 32 / 4 + 8 * x;
-        if (row < limit)
-            fa_store_results((T *)t->data + at(row) + c0 * step, step, (int)t->size[3] - c0, acc[x / 2], x, factor,
-                             vectors);
-    }
+    for (int x = 0; x < 2 * C::MT; x++)
+        factors[x] = factor;
+    fa_store_rows<typename C::T, C::LDB>((char *)sh.row(0) + row0 * C::LDB, t, acc, factors, first + row0, limit, c0,
+                                         vectors, at);
 }
 
 /* A tile of columns, which: 0 or 1. */
@@ -361,7 +357,7 @@ __device__ __forceinline__ void fa_bwd_sum_keys(typename C::sums &dk, typename C
     if (NEXT)
         fa_bwd_load_queries<C, SLOW>(sh, 0, p, &seq, from, w.lo);
     for (int64_t h = h0; h < h0 + w.group; h++) {
-        const fa_bwd_head<C> head = fa_bwd_head_of<C>(a, &seq, h, w.first);
+        const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, &seq, h, w.first);
         if (!NEXT)
             from = fa_bwd_query_source<C>(p, &seq, h);
 #pragma unroll 1
@@ -392,7 +388,6 @@ __device__ __forceinline__ void fa_bwd_sum_keys(typename C::sums &dk, typename C
 template <class C, bool SLOW>
 __device__ __forceinline__ bool fa_bwd_keys(const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
 {
-    using T = typename C::T;
     const fa_args *a = &p.a;
     typename C::sums dk, dv;
     fa_zero(dk);
@@ -407,12 +402,11 @@ __device__ __forceinline__ bool fa_bwd_keys(const fa_sm80_params &p, const fa_bw
     if (!SLOW && __syncthreads_or(fa_spoilt(dk) || fa_spoilt(dv)))
         return false;
     const fa_bwd_keys_work w = fa_bwd_keys_work_of<C>(p);
-    const float keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
     if (a->dv.data)
-        fa_bwd_store<T>(&a->dv, dv, keep, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DV,
+        fa_bwd_store<C>(sh, &a->dv, dv, p.keep, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DV,
                         [&](int64_t j) { return fa_k_at(a, &w.seq, &a->dv, w.hk, j); });
     if (a->dk.data)
-        fa_bwd_store<T>(&a->dk, dk, (float)a->scale, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DK,
+        fa_bwd_store<C>(sh, &a->dk, dk, (float)a->scale, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DK,
                         [&](int64_t j) { return fa_k_at(a, &w.seq, &a->dk, w.hk, j); });
     return true;
 }
@@ -428,7 +422,7 @@ __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_keys(const __grid_cons
     extern __shared__ __align__(16) char smem[];
     const int vectors = FA_VEC_Q | FA_VEC_DOUT;
     if ((p.vectors & vectors) != vectors || !fa_bwd_keys<C, false>(p, fa_bwd_tiles<C>{smem}))
-        fa_bwd_keys_slowly<typename C::all>(p, smem);
+        fa_bwd_keys_slowly<C>(p, smem);
 }
 
 /* ---- dQ ---------------------------------------------------------------------------------------------------------- */
@@ -525,7 +519,7 @@ __device__ __forceinline__ void fa_bwd_sum_queries(typename C::sums &dq, const f
     if (w.lo >= w.hi)
         return;
     const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, &seq, w.h, w.first);
-    const fa_bwd_head<C> head = fa_bwd_head_of<C>(a, &seq, w.h, w.first);
+    const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, &seq, w.h, w.first);
     const fa_bwd_key_source<C> from(a, &seq, w.hk);
     int stage = 0;
     if (NEXT)
@@ -570,8 +564,8 @@ __device__ __forceinline__ bool fa_bwd_queries(const fa_sm80_params &p, const fa
     if (!SLOW && __syncthreads_or(fa_spoilt(dq)))
         return false;
     const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
-    fa_bwd_store<typename C::T>(&a->dq, dq, (float)a->scale, w.first, w.seq.q_rows, w.c0, p.vectors & FA_VEC_DQ,
-                                [&](int64_t i) { return fa_q_at(&w.seq, &a->dq, w.h, i); });
+    fa_bwd_store<C>(sh, &a->dq, dq, (float)a->scale, w.first, w.seq.q_rows, w.c0, p.vectors & FA_VEC_DQ,
+                    [&](int64_t i) { return fa_q_at(&w.seq, &a->dq, w.h, i); });
     return true;
 }
 
@@ -586,7 +580,7 @@ __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_queries(const __grid_c
     extern __shared__ __align__(16) char smem[];
     const int vectors = FA_VEC_K | FA_VEC_V;
     if ((p.vectors & vectors) != vectors || !fa_bwd_queries<C, false>(p, fa_bwd_tiles<C>{smem}))
-        fa_bwd_queries_slowly<typename C::all>(p, smem);
+        fa_bwd_queries_slowly<C>(p, smem);
 }
 
 /* ---- the gradient of a mask -------------------------------------------------------------------------------------- */
@@ -663,7 +657,7 @@ __device__ __forceinline__ void fa_dmask_add(typename C::product &sum, const fa_
     const fa_range keys = fa_keys_of_queries(&seq->span, i0, fa_min64(i0 + C::RM, seq->span.q_len) - 1);
     const fa_bwd_key_source<C> from(a, seq, h / (a->q.size[1] / a->k.size[1]));
     const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, seq, h, i0);
-    const fa_bwd_head<C> head = fa_bwd_head_of<C>(a, seq, h, (int)i0);
+    const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, seq, h, (int)i0);
 #pragma unroll 1
     for (int64_t j0 = js.lo; j0 < js.hi; j0 += C::CN) {
         if (j0 + C::CN <= keys.lo || j0 >= keys.hi)

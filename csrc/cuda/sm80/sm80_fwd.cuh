@@ -17,16 +17,17 @@
 #include "sm80_softmax.cuh"
 
 /* DP: head dimensions up to it; above 256 the columns of V are taken in two passes. */
-template <typename T_, int DP_, bool MOD_> struct fa_fwd_config {
-    using T = T_;
+/* P_: what products take, fa_tf32 or the dtype */
+template <typename P_, int DP_, bool MOD_> struct fa_fwd_config {
+    using P = P_;
+    using T = typename fa_stored<P>::type;
     static constexpr fa_sm80_tile TILE = fa_fwd_tile(DP_, sizeof(T) == 4, MOD_);
     static constexpr int DP = DP_, BN = TILE.cols, WARPS = TILE.warps, MT = TILE.mt, THREADS = 32 * WARPS;
     static constexpr int BM = fa_tile_rows(TILE), NT = BN / 8, DA = TILE.da, NA = DA / 8;
     static constexpr int LDB = fa_row_bytes<T>(DP), LDVB = fa_row_bytes<T>(DA);
-    using all = fa_fwd_config<T_, DP_, true>; /* with all options */
-    static constexpr bool MOD = MOD_, KEEP_Q = DP == 64 && sizeof(T) == 2; /* Q stays in registers */
+    static constexpr bool MOD = MOD_;
     static constexpr size_t SHARED = fa_fwd_bytes(TILE, sizeof(T));
-    static constexpr int BLOCKS = 1;
+    static constexpr int BLOCKS = DP == 64 && sizeof(T) == 2 && !MOD ? 3 : 1; /* at least, on a multiprocessor */
 };
 
 /* Shared memory. */
@@ -151,6 +152,32 @@ __device__ __forceinline__ void fa_fwd_load(typename C::T *sTile, const Tiles &t
                          fa_rows_k(&p.a, &w.seq, tiles.t, scale, w.hk, false), k0, w.seq.span.k_len, c0, WIDTH, true);
 }
 
+/* From scores to the sums: O += P V over the first WIDTH columns of V. 16 keys at a time, so that the exponentials of
+ * some run beside the products of others; for float these take so long that registers count for more. */
+template <class C, bool SLOW, int WIDTH>
+__device__ __forceinline__ void fa_fwd_add(fa_fwd_rows<C::MT, C::NA> &r, float (&s)[C::MT][C::NT][4],
+                                           const float (&base)[2 * C::MT], const fa_sm80_scores &f, int k0,
+                                           const fa_fwd_tiles<C> &sh, uint32_t v)
+{
+    using kn = fa_kn<typename C::P, C::LDVB, C::MT, C::NT, C::NA>;
+    constexpr bool BESIDE = !SLOW && sizeof(typename C::T) == 2;
+#pragma unroll
+    for (int k = 0; k < C::NT / 2; k++) {
+        fa_fwd_weigh(s, r, base, f.c, k);
+        if (C::MOD && f.p.dropout)
+            fa_drop_weights(s, f, k0, k);
+        if (BESIDE)
+            kn::template step<WIDTH>(r.acc, s, k, v);
+    }
+    if (BESIDE)
+        return;
+    if (SLOW)
+        fa_fwd_wild<C>(s, r, sh.v);
+#pragma unroll
+    for (int k = 0; k < C::NT / 2; k++)
+        kn::template step<WIDTH>(r.acc, s, k, v);
+}
+
 /* All keys of the block: the time table above. SLOW: any strides and dtypes of k and v, and hidden keys may hold NaN. */
 template <class C, bool SLOW>
 __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const fa_sm80_params &p, const fa_fwd_work &w,
@@ -173,9 +200,6 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
     ptx_cp_async_commit();
     ptx_cp_async_wait<0>();
     __syncthreads();
-    fa_left<C::MT, C::KEEP_Q ? C::DP / 16 : 1> kept;
-    if constexpr (C::KEEP_Q)
-        fa_load_left<C::LDB>(kept, q);
 #pragma unroll 1
     for (int k0 = w.k_lo; k0 < w.k_hi; k0 += C::BN) {
         fa_fwd_load<C, C::DA, SLOW>(sh.v, values, &a->v_scale, w.c0, v_vec, w, p, k0);
@@ -183,22 +207,19 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
             fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask, f, p.mask_width, k0);
         ptx_cp_async_commit();
         float s[C::MT][C::NT][4] = {};
-        if constexpr (C::KEEP_Q)
-            fa_nk<T, C::DP, C::MT, C::NT>::run(s, kept, k, narrow);
-        else
-            fa_nk<T, C::DP, C::MT, C::NT>::run(s, q, k, narrow);
+        fa_nk<typename C::P, C::DP, C::MT, C::NT>::run(s, q, k, narrow);
         ptx_cp_async_wait<0>();
         __syncthreads();
         if (k0 + C::BN < w.k_hi)
             fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, k0 + C::BN);
         ptx_cp_async_commit();
         fa_sm80_score<T, C::MOD, false, C::THREADS>(s, s, f, sh.mask, k0, k0 < w.full_lo || k0 + C::BN > w.full_hi);
-        fa_fwd_softmax(s, r, f.c);
-        if (C::MOD && f.p.dropout)
-            fa_drop_weights(s, f, k0);
-        if (SLOW)
-            fa_fwd_wild<C>(s, r, sh.v);
-        fa_kn<T, C::LDVB, C::MT, C::NT, C::NA>::run(r.acc, s, v, narrow_v);
+        float base[2 * C::MT];
+        fa_fwd_maxima(s, r, base, f.c);
+        if (narrow_v && !SLOW)
+            fa_fwd_add<C, SLOW, fa_fewer<T>(C::DA)>(r, s, base, f, k0, sh, v);
+        else
+            fa_fwd_add<C, SLOW, C::DA>(r, s, base, f, k0, sh, v);
         ptx_cp_async_wait<0>();
         __syncthreads();
     }
@@ -207,7 +228,7 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
         r.max[x / 2][x % 2] = fa_fwd_base(r.max[x / 2][x % 2], f.c);
 }
 
-/* Where row g of the lane's results goes: out and lse, or this block's part of them. */
+/* A row of this block's part of the results, where the keys are split. */
 template <class C>
 __device__ __forceinline__ void fa_fwd_store_part(const fa_fwd_rows<C::MT, C::NA> &r, int x, int64_t row, float sum,
                                                   const fa_sm80_params &p, const fa_fwd_work &w)
@@ -230,42 +251,39 @@ __device__ __forceinline__ void fa_fwd_store_part(const fa_fwd_rows<C::MT, C::NA
 }
 
 template <class C>
-__device__ __forceinline__ void fa_fwd_store_row(fa_fwd_rows<C::MT, C::NA> &r, int x, int64_t row, float sum,
-                                                 const fa_sm80_params &p, const fa_fwd_work &w)
-{
-    using T = typename C::T;
-    const fa_args *a = &p.a;
-    fa_row_end end = {0, -INFINITY};
-    if (row < w.seq.span.q_len)
-        end = fa_finish_row(a, w.seq.n, w.h, r.max[x / 2][x % 2], sum);
-    if (w.c0 == 0 && threadIdx.x % 4 == 0)
-        ((float *)a->lse.data)[fa_q_at(&w.seq, &a->lse, w.h, row)] = (float)end.lse;
-    if (end.scale == 0)
-#pragma unroll
-        for (int n = 0; n < C::NA; n++)
-            r.acc[x / 2][n][x % 2 * 2] = r.acc[x / 2][n][x % 2 * 2 + 1] = 0; /* also NaN */
-    const int64_t step = a->out.stride[3];
-    T *out = (T *)a->out.data + fa_q_at(&w.seq, &a->out, w.h, row) + w.c0 * step;
-    fa_store_results(out, step, (int)a->v.size[3] - w.c0, r.acc[x / 2], x, end.scale, p.vectors & FA_VEC_OUT);
-}
-
-template <class C>
 __device__ __forceinline__ void fa_fwd_store(fa_fwd_rows<C::MT, C::NA> &r, const fa_sm80_params &p,
-                                             const fa_fwd_work &w)
+                                             const fa_fwd_work &w, char *sQ)
 {
+    const fa_args *a = &p.a;
+    const int row0 = threadIdx.x / 32 * 16 * C::MT;
+    float factor[2 * C::MT];
 #pragma unroll
     for (int x = 0; x < 2 * C::MT; x++) {
         float sum = r.sum[x / 2][x % 2];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const int64_t row = w.first + threadIdx.x / 32 * 16 * C::MT + threadIdx.x % 32 / 4 + 8 * x;
-        if (row >= w.seq.q_rows)
+        const int64_t row = w.first + row0 + threadIdx.x % 32 / 4 + 8 * x;
+        const bool exists = row < w.seq.q_rows;
+        if (p.splits > 1) {
+            if (exists)
+                fa_fwd_store_part<C>(r, x, row, sum, p, w);
             continue;
-        if (p.splits > 1)
-            fa_fwd_store_part<C>(r, x, row, sum, p, w);
-        else
-            fa_fwd_store_row<C>(r, x, row, sum, p, w);
+        }
+        fa_row_end end = {0, -INFINITY};
+        if (row < w.seq.span.q_len)
+            end = fa_finish_row(a, w.seq.n, w.h, r.max[x / 2][x % 2], sum, p.keep);
+        if (exists && w.c0 == 0 && threadIdx.x % 4 == 0)
+            ((float *)a->lse.data)[fa_q_at(&w.seq, &a->lse, w.h, row)] = (float)end.lse;
+        factor[x] = end.scale;
+        if (end.scale == 0)
+#pragma unroll
+            for (int n = 0; n < C::NA; n++)
+                r.acc[x / 2][n][x % 2 * 2] = r.acc[x / 2][n][x % 2 * 2 + 1] = 0; /* also NaN */
     }
+    if (p.splits == 1)
+        fa_store_rows<typename C::T, C::LDB>(sQ + row0 * C::LDB, &a->out, r.acc, factor, w.first + row0, w.seq.q_rows,
+                                             w.c0, p.vectors & FA_VEC_OUT,
+                                             [&](int64_t i) { return fa_q_at(&w.seq, &a->out, w.h, i); });
 }
 
 /* All of a block's work, but false and nothing stored where a sum has become NaN or infinite. */
@@ -285,7 +303,9 @@ __device__ __forceinline__ bool fa_fwd_block(const fa_sm80_params &p, const fa_f
     }
     if (!SLOW && __syncthreads_or(fa_spoilt(r.acc)))
         return false;
-    fa_fwd_store<C>(r, p, fa_fwd_work_of<C>(p));
+    if (SLOW)
+        __syncthreads();
+    fa_fwd_store<C>(r, p, fa_fwd_work_of<C>(p), (char *)sh.q);
     return true;
 }
 
@@ -303,7 +323,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) fa_fwd_sm80_kernel(cons
     extern __shared__ __align__(16) char smem[];
     const int vectors = FA_VEC_K | FA_VEC_V;
     if ((p.vectors & vectors) != vectors || !fa_fwd_block<C, false>(p, fa_fwd_tiles<C>(smem)))
-        fa_fwd_slowly<typename C::all>(p, smem);
+        fa_fwd_slowly<C>(p, smem);
 }
 
 #endif

@@ -5,29 +5,44 @@ static const int DIMS[] = {64, 128, 256, 512};
 
 struct entry {
     const char *name;
-    fa_sm80_launch *launch;
+    fa_sm80_launch *launch, *plain; /* plain: NULL where there is none */
 };
 
-#define ENTRIES(op, type)                                                                                              \
-    {{"fa_" #op "_sm80_" #type "_hd64", fa_##op##_sm80_##type##_hd64},                                                 \
-     {"fa_" #op "_sm80_" #type "_hd128", fa_##op##_sm80_##type##_hd128},                                               \
-     {"fa_" #op "_sm80_" #type "_hd256", fa_##op##_sm80_##type##_hd256},                                               \
-     {"fa_" #op "_sm80_" #type "_hd512", fa_##op##_sm80_##type##_hd512}}
+#define ENTRY(op, type, dp, plain) {"fa_" #op "_sm80_" #type "_hd" #dp, fa_##op##_sm80_##type##_hd##dp, plain}
+#define ENTRIES(op, type, plain256)                                                                                    \
+    {ENTRY(op, type, 64, fa_##op##_sm80_##type##_hd64_plain),                                                          \
+     ENTRY(op, type, 128, fa_##op##_sm80_##type##_hd128_plain), ENTRY(op, type, 256, plain256),                        \
+     ENTRY(op, type, 512, NULL)}
 
-static const entry FORWARD[3][4] = {ENTRIES(fwd, f32), ENTRIES(fwd, bf16), ENTRIES(fwd, f16)};
-static const entry BACKWARD[3][4] = {ENTRIES(bwd, f32), ENTRIES(bwd, bf16), ENTRIES(bwd, f16)};
+/* by dtype, f32, bf16, f16: the first of fa_dtype; then f32 whose products are tf32 */
+static const entry FORWARD[4][4] = {ENTRIES(fwd, f32, NULL), ENTRIES(fwd, bf16, fa_fwd_sm80_bf16_hd256_plain),
+                                    ENTRIES(fwd, f16, fa_fwd_sm80_f16_hd256_plain), ENTRIES(fwd, tf32, NULL)};
+static const entry BACKWARD[4][4] = {ENTRIES(bwd, f32, NULL), ENTRIES(bwd, bf16, NULL), ENTRIES(bwd, f16, NULL),
+                                     ENTRIES(bwd, tf32, NULL)};
+
+static const entry *entry_of(const entry (&table)[4][4], const fa_args *a)
+{
+    return &table[a->q.dtype == FA_F32 && a->allow_tf32 ? 3 : a->q.dtype][fa_sm80_dim(a)];
+}
+
+static fa_status start(const entry *e, fa_sm80_pass pass, const fa_sm80_params &p, int64_t blocks, cudaStream_t stream,
+                       fa_error *err)
+{
+    fa_sm80_launch *launch = e->plain && !fa_sm80_is_mod(&p.a) ? e->plain : e->launch;
+    return launch(e->name, pass, p, blocks, stream, err);
+}
 
 bool fa_runs_on_sm80(int major)
 {
     return major >= 8;
 }
 
-static bool kernel_of(const entry (&table)[3][4], int i, fa_kernel_info *info)
+static bool kernel_of(const entry (&table)[4][4], int i, fa_kernel_info *info)
 {
-    if (i >= 12)
+    if (i >= 16)
         return false;
     info->name = table[i / 4][i % 4].name;
-    info->dtype = (fa_dtype)(i / 4); /* f32, bf16, f16: the first of fa_dtype */
+    info->dtype = (fa_dtype)(i / 4 % 3);
     return true;
 }
 
@@ -37,7 +52,7 @@ static fa_sm80_tile tile_of(const fa_args *a, pass x)
 {
     const int dp = DIMS[fa_sm80_dim(a)];
     const bool f32 = a->q.dtype == FA_F32;
-    const bool mod = fa_sm80_is_mod(a) || !fa_has_plain(dp, fa_dtype_size(a->q.dtype), false);
+    const bool mod = fa_sm80_is_mod(a) || !fa_has_plain(dp, f32, false);
     return x == FORWARD_PASS ? fa_fwd_tile(dp, f32, mod) : fa_bwd_tile(dp, f32, x == KEYS_PASS);
 }
 
@@ -79,6 +94,7 @@ static fa_sm80_params params_of(const fa_args *a, pass x)
     p.vectors = fa_sm80_vectors(a, tile_of(a, x).cols);
     p.mask_width = mask_width(a, x);
     p.mask_bytes = mask_bytes(a, x);
+    p.keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
     return p;
 }
 
@@ -123,7 +139,7 @@ static void plan_splits(const fa_args *a, int64_t blocks, fa_plan *p)
 static void plan_forward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
-    p->kernel = FORWARD[a->q.dtype][fa_sm80_dim(a)].name;
+    p->kernel = entry_of(FORWARD, a)->name;
     plan_tiles(a, FORWARD_PASS, p);
     int64_t blocks = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], p->block_rows) * a->q.size[1];
     plan_splits(a, blocks, p);
@@ -143,8 +159,8 @@ static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *wor
     p.splits = plan->splits;
     p.split_keys = plan->split_keys;
     p.partial = (float *)workspace;
-    const entry *e = &FORWARD[a->q.dtype][fa_sm80_dim(a)];
-    fa_status status = e->launch(e->name, FA_PASS_FWD, p, plan->tasks, stream, err);
+    const entry *e = entry_of(FORWARD, a);
+    fa_status status = start(e, FA_PASS_FWD, p, plan->tasks, stream, err);
     if (!status && plan->splits > 1)
         status = fa_combine_launch(a, plan, (const float *)workspace, stream, err);
     return status;
@@ -168,7 +184,7 @@ static bool can_backward(const fa_args *a, int device)
 static void plan_backward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
-    p->kernel = BACKWARD[a->q.dtype][fa_sm80_dim(a)].name;
+    p->kernel = entry_of(BACKWARD, a)->name;
     plan_tiles(a, KEYS_PASS, p);
     p->splits = 1;
     p->split_keys = a->k.size[2];
@@ -187,7 +203,7 @@ static int64_t dmask_blocks(const fa_args *a, fa_sm80_tile t)
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                  fa_error *err)
 {
-    const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
+    const entry *e = entry_of(BACKWARD, a);
     const fa_sm80_tile queries = tile_of(a, QUERIES_PASS);
     fa_sm80_params keys_p = params_of(a, KEYS_PASS), p = params_of(a, QUERIES_PASS);
     keys_p.lse2 = p.lse2 = (const float *)workspace;
@@ -195,11 +211,11 @@ static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *wo
     p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], fa_tile_rows(queries));
     fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
     if (!status && (a->dk.data || a->dv.data))
-        status = e->launch(e->name, FA_PASS_DKV, keys_p, plan->tasks, stream, err);
+        status = start(e, FA_PASS_DKV, keys_p, plan->tasks, stream, err);
     if (!status && a->dq.data)
-        status = e->launch(e->name, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
+        status = start(e, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
     if (!status && a->dmask.data)
-        status = e->launch(e->name, FA_PASS_DMASK, p, dmask_blocks(a, queries), stream, err);
+        status = start(e, FA_PASS_DMASK, p, dmask_blocks(a, queries), stream, err);
     if (!status && a->dsinks.data)
         status = fa_dsinks_launch(a, workspace, stream, err);
     return status;

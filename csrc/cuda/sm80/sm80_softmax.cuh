@@ -33,12 +33,13 @@ __device__ __forceinline__ void fa_fwd_follow(fa_fwd_rows<MT, NA> &r, const floa
     }
 }
 
-/* s <- weights */
+/* Brings the rows up to what the tile holds; base <- what weights 2^(c s + base) of each row need. */
 template <int MT, int NT, int NA>
-__device__ __forceinline__ void fa_fwd_softmax(float (&s)[MT][NT][4], fa_fwd_rows<MT, NA> &r, float c)
+__device__ __forceinline__ void fa_fwd_maxima(float (&s)[MT][NT][4], fa_fwd_rows<MT, NA> &r, float (&base)[2 * MT],
+                                              float c)
 {
     float top[MT][2];
-    bool behind = false;
+    bool behind = false, lost = false;
 #pragma unroll
     for (int x = 0; x < 2 * MT; x++) {
         float most = -INFINITY;
@@ -55,25 +56,36 @@ __device__ __forceinline__ void fa_fwd_softmax(float (&s)[MT][NT][4], fa_fwd_row
 #pragma unroll
     for (int x = 0; x < 2 * MT; x++) {
         const float max = r.max[x / 2][x % 2];
-        float base = max == -INFINITY ? 0 : -max * c; /* nothing seen yet: every weight is 2^-inf = 0 */
-        if (base == INFINITY) { /* only what a float mask all but hides */
-            base = 0;
+        base[x] = max == -INFINITY ? 0 : -max * c; /* nothing seen yet: every weight is 2^-inf = 0 */
+        lost |= base[x] == INFINITY;
+    }
+    if (!lost)
+        return;
+#pragma unroll
+    for (int x = 0; x < 2 * MT; x++) /* only keys that a float mask all but hides */
+        if (base[x] == INFINITY) {
+            base[x] = 0;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                s[x / 2][n][x % 2 * 2] -= max;
-                s[x / 2][n][x % 2 * 2 + 1] -= max;
+                s[x / 2][n][x % 2 * 2] -= r.max[x / 2][x % 2];
+                s[x / 2][n][x % 2 * 2 + 1] -= r.max[x / 2][x % 2];
             }
         }
-        float sum = 0;
+}
+
+/* s <- weights of 16 keys, the k-th of the tile */
+template <int MT, int NT, int NA>
+__device__ __forceinline__ void fa_fwd_weigh(float (&s)[MT][NT][4], fa_fwd_rows<MT, NA> &r,
+                                             const float (&base)[2 * MT], float c, int k)
+{
 #pragma unroll
-        for (int n = 0; n < NT; n++)
+    for (int x = 0; x < 2 * MT; x++)
 #pragma unroll
-            for (int e = x % 2 * 2; e < x % 2 * 2 + 2; e++) {
-                s[x / 2][n][e] = ptx_exp2(fmaf(s[x / 2][n][e], c, base));
-                sum += s[x / 2][n][e];
-            }
-        r.sum[x / 2][x % 2] += sum;
-    }
+        for (int y = 0; y < 4; y++) {
+            float &at = s[x / 2][2 * k + y / 2][x % 2 * 2 + y % 2];
+            at = ptx_exp2(fmaf(at, c, base[x]));
+            r.sum[x / 2][x % 2] += at;
+        }
 }
 
 /* The exponent of 2 that a row's sums are in units of; a finite maximum stays finite. */
