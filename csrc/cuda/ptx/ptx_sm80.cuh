@@ -25,7 +25,7 @@ __device__ __forceinline__ void ptx_mma(float c[4], const uint32_t a[4], const u
 /* c (16 x 8) += a (16 x 8) b (8 x 8), operands in tf32: fp32 whose last 13 bits do not count */
 __device__ __forceinline__ void ptx_mma_tf32(float c[4], const uint32_t a[4], const uint32_t b[2])
 {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -42,28 +42,57 @@ __device__ __forceinline__ uint32_t ptx_shared(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* Four 8 x 8 matrices of 16-bit elements; lane 8m + r gives the address of row r of matrix m. */
-__device__ __forceinline__ void ptx_ldmatrix(uint32_t r[4], const void *row)
+/* Four 8 x 8 matrices of 16-bit elements; lane 8m + r gives the address, in shared memory, of row r of matrix m. */
+__device__ __forceinline__ void ptx_ldmatrix(uint32_t r[4], uint32_t row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(ptx_shared(row))
+                 : "r"(row)
                  : "memory");
+}
+
+__device__ __forceinline__ void ptx_ldmatrix_trans(uint32_t r[4], uint32_t row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+__device__ __forceinline__ void ptx_ldmatrix(uint32_t r[4], const void *row)
+{
+    ptx_ldmatrix(r, ptx_shared(row));
 }
 
 __device__ __forceinline__ void ptx_ldmatrix_trans(uint32_t r[4], const void *row)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+    ptx_ldmatrix_trans(r, ptx_shared(row));
+}
+
+/* 16 bytes at an address in shared memory */
+__device__ __forceinline__ void ptx_load_shared(uint32_t r[4], uint32_t at)
+{
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(ptx_shared(row))
+                 : "r"(at)
                  : "memory");
 }
 
 /* 16 bytes from global to shared memory, of which the first `bytes` (16 or 0) are read and the rest become 0 */
+__device__ __forceinline__ void ptx_cp_async(uint32_t to, const void *from, int bytes)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void ptx_cp_async(void *to, const void *from, int bytes)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(ptx_shared(to)), "l"(from), "r"(bytes)
-                 : "memory");
+    ptx_cp_async(ptx_shared(to), from, bytes);
+}
+
+/* 4, 8 or 16 bytes, as many as `bytes` says, all of them read */
+template <int bytes> __device__ __forceinline__ void ptx_cp_async_few(uint32_t to, const void *from)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes) : "memory");
 }
 
 /* how the second-level cache treats what is read: kept like all else, or the first to go */
@@ -101,6 +130,13 @@ __device__ __forceinline__ void ptx_cp_async_commit(void)
 template <int groups> __device__ __forceinline__ void ptx_cp_async_wait(void)
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+__device__ __forceinline__ float ptx_reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ float ptx_exp2(float x)

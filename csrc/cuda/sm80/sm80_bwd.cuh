@@ -6,104 +6,228 @@
  * keys and runs over the queries of all heads of the group (dK, dV), another has a tile of queries and runs over the
  * keys (dQ), a third has a tile of a float mask's gradient and runs over all scores that the mask took part in. All
  * three compute P and dS of a tile in the same way; which of queries and keys are its rows is the constant KEYS. A warp
- * has 16 rows, so that P and dS go from the results of one product to the left operand of the next in registers.
+ * has 16 or 32 rows, so that P and dS go from the results of one product to the left operand of the next in registers.
  *
  *   block's own        streamed           results
  *   K, V (rows)        Q, dO (columns)    dV += P dO, dK += dS Q
- *   Q, dO (rows)       K, V (columns)     dQ += dS K */
+ *   Q, dO (rows)       K, V (columns)     dQ += dS K
+ *
+ *   time ->          tile n                                    tile n + 1
+ *   copies           [ columns of n + 1 .................... ] [ columns of n + 2
+ *   tensor cores     [ S ][ dP ]           [ += P ..][ += dS ] [ S ][ dP ]
+ *   other lanes                 [ P, dS ]                                 [ P, dS ]
+ *
+ * A hidden pair has P = 0 and dS = 0 times what may be NaN. So sums that hold NaN are computed again with care, and as
+ * slowly as operands that are no vectors: SLOW. */
 #ifndef FA_SM80_BWD_CUH
 #define FA_SM80_BWD_CUH
 
-#include "sm80.cuh"
+#include "sm80_score.cuh"
 
 /* DA: columns of dK and dV, or of dQ, that a block sums; more are taken by other blocks, which compute P and dS
  * anew. */
-template <typename T_, int DP_, bool KEYS_, bool MOD_> struct fa_bwd_config {
-    using T = T_;
-    static constexpr fa_sm80_tile TILE = fa_bwd_tile(DP_, sizeof(T) == 4);
-    static constexpr int DP = DP_, CN = TILE.cols, WARPS = TILE.warps, RM = 16 * WARPS, THREADS = 32 * WARPS;
-    static constexpr int NT = CN / 8, DA = TILE.da, NA = DA / 8, LD = fa_tile_ld<T>(DP);
+template <typename P_, int DP_, bool KEYS_, bool MOD_> struct fa_bwd_config {
+    using P = P_; /* what products take, fa_tf32 or the dtype */
+    using T = typename fa_stored<P>::type;
+    static constexpr fa_sm80_tile TILE = fa_bwd_tile(DP_, sizeof(T) == 4, KEYS_);
+    static constexpr int DP = DP_, CN = TILE.cols, WARPS = TILE.warps, MT = TILE.mt, THREADS = 32 * WARPS;
+    static constexpr int RM = fa_tile_rows(TILE), NT = CN / 8, DA = TILE.da, NA = DA / 8, LDB = fa_row_bytes<T>(DP);
+    static constexpr int STAGES = fa_bwd_stages(DP, sizeof(T));
     static constexpr bool KEYS = KEYS_, MOD = MOD_;
     static constexpr size_t SHARED = fa_bwd_bytes(TILE, sizeof(T));
+    using product = float[MT][NT][4];
+    using sums = float[MT][NA][4];
+    using tiles = fa_row_tiles<T, CN, THREADS, DP>;
 };
 
+/* Shared memory: rows, then for each stage columns and what belongs to them. */
 template <class C> struct fa_bwd_tiles {
-    typename C::T *r1, *r2, *c1, *c2; /* Q or K and dO or V of the rows, then of the columns */
-    float *lse2, *delta;              /* of the columns */
-    uint32_t *wild;
+    static constexpr int ROWS = C::RM * C::LDB, COLUMNS = C::CN * C::LDB, STAGE = 2 * COLUMNS + 8 * C::CN;
+    char *smem;
+
+    __device__ __forceinline__ typename C::T *row(int which) const /* 0: Q or K; 1: dO or V */
+    {
+        return (typename C::T *)(smem + which * ROWS);
+    }
+    __device__ __forceinline__ typename C::T *column(int stage, int which) const
+    {
+        return (typename C::T *)(smem + 2 * ROWS + stage * STAGE + which * COLUMNS);
+    }
+    __device__ __forceinline__ float *lse2(int stage) const /* [CN], then delta [CN] */
+    {
+        return (float *)(smem + 2 * ROWS + stage * STAGE + 2 * COLUMNS);
+    }
+    __device__ __forceinline__ uint32_t *wild(void) const
+    {
+        return (uint32_t *)(smem + 2 * ROWS + C::STAGES * STAGE);
+    }
+    __device__ __forceinline__ char *mask(void) const
+    {
+        return smem + C::SHARED;
+    }
 };
 
-template <class C> __device__ __forceinline__ fa_bwd_tiles<C> fa_bwd_tiles_at(char *smem)
+/* log-sum-exp and delta of a lane's rows, where rows are queries */
+template <int MT> struct fa_bwd_rows {
+    float lse2[2 * MT], delta[2 * MT];
+};
+
+/* What is the same for all tiles of a head. */
+template <class C> struct fa_bwd_head {
+    fa_sm80_scores f;
+    float keep;
+    bool narrow, all_dropped;
+};
+
+template <class C>
+__device__ __forceinline__ fa_bwd_head<C> fa_bwd_head_of(const fa_sm80_params &p, const fa_seq *seq, int64_t h, int first)
 {
-    fa_bwd_tiles<C> s;
-    s.r1 = (typename C::T *)smem;
-    s.r2 = s.r1 + C::RM * C::LD;
-    s.c1 = s.r2 + C::RM * C::LD;
-    s.c2 = s.c1 + C::CN * C::LD;
-    s.lse2 = (float *)(s.c2 + C::CN * C::LD);
-    s.delta = s.lse2 + C::CN;
-    s.wild = (uint32_t *)(s.delta + C::CN);
-    return s;
+    const fa_args *a = &p.a;
+    const int lane = threadIdx.x % 32, row = first + threadIdx.x / 32 * 16 * C::MT + lane / 4;
+    fa_bwd_head<C> x;
+    x.f = fa_sm80_scores_of<C::MOD>(a, seq, h, row, lane % 4 * (C::CN / 4));
+    x.keep = p.keep;
+    x.all_dropped = p.keep == 0;
+    x.narrow = fa_max64(a->q.size[3], a->v.size[3]) <= fa_fewer<typename C::T>(C::DP);
+    return x;
 }
 
-/* log-sum-exp and delta of a lane's two rows, where rows are queries */
-struct fa_bwd_rows {
-    float lse2[2], delta[2];
-};
+/* ---- P and dS ---------------------------------------------------------------------------------------------------- */
 
-/* P (0 where dropout drops) and dS of a tile. SLOPES: dS is the gradient of scale Q K^T, else that of the mask. */
+/* s <- factor s + mask, where rows are keys: eight lanes read neighbours. */
+template <typename M, int MT, int NT>
+__device__ __forceinline__ void fa_mask_keys(float (&s)[MT][NT][4], const fa_sm80_scores &f, int i0, float factor)
+{
+    const M *mask = (const M *)f.p.mask + (f.row - f.p.mask_first) * f.p.mask_k;
+#pragma unroll
+    for (int y = 0; y < 2 * NT; y++) {
+        const int i = i0 + f.column + y;
+        const M *at = mask + i * f.p.mask_q;
+#pragma unroll
+        for (int x = 0; x < 2 * MT; x++) {
+            const int j = f.row + 8 * x;
+            float &score = s[x / 2][y / 2][x % 2 * 2 + y % 2];
+            if (i >= f.p.q_len || j >= f.p.k_len || j < f.p.mask_first)
+                continue;
+            if constexpr (sizeof(M) == 1)
+                score = at[8 * x * f.p.mask_k] ? score : -INFINITY;
+            else
+                score = fmaf(score, factor, fa_to_f32(at[8 * x * f.p.mask_k]));
+        }
+    }
+}
+
 template <class C, bool SLOPES>
-__device__ __forceinline__ void fa_bwd_weights(float (&w)[C::NT][4], float (&ds)[C::NT][4], const fa_sm80_params &p,
-                                               const fa_bwd_tiles<C> &sh, const fa_scores &scores,
-                                               const fa_bwd_rows &rows, int row0, int col0, bool edges)
+__device__ __forceinline__ void fa_bwd_score(typename C::product &s, typename C::product &slope,
+                                             const fa_sm80_scores &f, const char *sMask, int col0, bool edges)
 {
     using T = typename C::T;
-    constexpr bool CAP = SLOPES && C::MOD;
-    const int warp_row = threadIdx.x / 32 * 16, t = threadIdx.x % 4;
-    float slope[C::NT][4];
-    fa_product_nk<T, C::NT>(w, sh.r1, C::LD, warp_row, sh.c1, C::LD, fa_steps(p.a.q.size[3]));
-    fa_score_tile<C::KEYS, C::MOD, CAP>(w, slope, scores, row0 + warp_row, col0, edges);
-    fa_product_nk<T, C::NT>(ds, sh.r2, C::LD, warp_row, sh.c2, C::LD, fa_steps(p.a.v.size[3]));
-    if (C::MOD && scores.dropout) {
-        const float keep = p.a.dropout_p < 1 ? (float)(1 / (1 - p.a.dropout_p)) : 0;
-        const bool all = p.a.dropout_p >= 1;
-        float kept[C::NT][4];
-#pragma unroll
-        for (int n = 0; n < C::NT; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                kept[n][e] = all ? 0 : keep;
-        fa_drop_tile<C::KEYS>(kept, scores, row0 + warp_row, col0);
-#pragma unroll
-        for (int n = 0; n < C::NT; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int c = n * 8 + 2 * t + e % 2;
-                const float lse2 = C::KEYS ? sh.lse2[c] : rows.lse2[e / 2];
-                const float delta = C::KEYS ? sh.delta[c] : rows.delta[e / 2];
-                const bool hidden = w[n][e] == -INFINITY;
-                const float weight = hidden ? 0 : ptx_exp2(w[n][e] - lse2);
-                const float dp = kept[n][e] == 0 ? 0 : ds[n][e] * kept[n][e];
-                ds[n][e] = hidden ? 0 : weight * (dp - delta);
-                w[n][e] = kept[n][e] == 0 ? 0 : weight;
-                if (CAP && scores.cap > 0)
-                    ds[n][e] *= slope[n][e];
-            }
-        return;
+    if constexpr (C::KEYS) {
+        const float factor = fa_score_before_mask<T, true, C::MOD, SLOPES>(s, slope, f, col0);
+        if (C::MOD && f.p.mask) {
+            if (f.p.mask_dtype == FA_BOOL)
+                fa_mask_keys<uint8_t>(s, f, col0, 1);
+            else if (f.p.mask_dtype == FA_F32)
+                fa_mask_keys<float>(s, f, col0, factor);
+            else
+                fa_mask_keys<T>(s, f, col0, factor);
+        }
+        if (edges)
+            fa_hide_places<true>(s, f, col0);
+    } else {
+        fa_sm80_score<T, C::MOD, SLOPES, C::THREADS>(s, slope, f, sMask, col0, edges);
     }
+}
+
+/* Bit e + 4 n of word m: dropout drops s[m][n][e]. */
+template <class C>
+__device__ __forceinline__ void fa_bwd_dropped(uint32_t (&dropped)[C::MT], const fa_bwd_head<C> &head, int col0)
+{
+    static_assert(4 * C::NT <= 32, "a bit for each of a lane's results");
+    const fa_sm80_scores &f = head.f;
+#pragma unroll
+    for (int m = 0; m < C::MT; m++)
+        dropped[m] = head.all_dropped ? 0xffffffffu : 0;
+#pragma unroll
+    for (int x = 0; x < 2 * C::MT; x++)
+#pragma unroll
+        for (int y = 0; y < 2 * C::NT; y += C::KEYS ? 1 : 4) {
+            const int row = f.row + 8 * x, column = col0 + f.column + y;
+            const int i = C::KEYS ? column : row, j = C::KEYS ? row : column;
+            const fa_philox4 r = fa_philox(f.p.seed, (uint32_t)j >> 2, (uint32_t)i, f.p.bh, 0);
+            if (C::KEYS) {
+                const uint32_t word = j & 2 ? (j & 1 ? r.word[3] : r.word[2]) : (j & 1 ? r.word[1] : r.word[0]);
+                dropped[x / 2] |= (uint32_t)(word < f.p.threshold) << (y / 2 * 4 + x % 2 * 2 + y % 2);
+            } else {
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    dropped[x / 2] |= (uint32_t)(r.word[k] < f.p.threshold)
+                                      << ((y + k) / 2 * 4 + x % 2 * 2 + (y + k) % 2);
+            }
+        }
+}
+
+/* w: scores to P, 0 where dropout drops; ds: dP to dS. CARE: what is hidden may meet NaN. */
+template <class C, bool SLOPES, bool CARE>
+__device__ __forceinline__ void fa_bwd_gradients(typename C::product &w, typename C::product &ds,
+                                                 const typename C::product &slope, const fa_bwd_head<C> &head,
+                                                 const float *sLse2, const fa_bwd_rows<C::MT> &rows, int col0)
+{
+    const bool dropout = C::MOD && head.f.p.dropout, capped = SLOPES && head.f.p.cap > 0;
+    uint32_t dropped[C::MT];
+    if (dropout)
+        fa_bwd_dropped<C>(dropped, head, col0);
 #pragma unroll
     for (int n = 0; n < C::NT; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int c = n * 8 + 2 * t + e % 2;
-            const float lse2 = C::KEYS ? sh.lse2[c] : rows.lse2[e / 2];
-            const float delta = C::KEYS ? sh.delta[c] : rows.delta[e / 2];
-            const bool hidden = w[n][e] == -INFINITY;
-            w[n][e] = hidden ? 0 : ptx_exp2(w[n][e] - lse2);
-            ds[n][e] = hidden ? 0 : w[n][e] * (ds[n][e] - delta);
-            if (CAP && scores.cap > 0 && !hidden)
-                ds[n][e] *= slope[n][e];
+        for (int e = 0; e < 2; e++) {
+            const float *column = sLse2 + head.f.column + 2 * n + e;
+            const float lse2 = C::KEYS ? column[0] : 0, delta = C::KEYS ? column[C::CN] : 0;
+#pragma unroll
+            for (int x = 0; x < 2 * C::MT; x++) {
+                const int at = x % 2 * 2 + e;
+                float &p = w[x / 2][n][at], &g = ds[x / 2][n][at];
+                const bool hidden = CARE && p == -INFINITY;
+                const bool drop = dropout && (dropped[x / 2] >> (4 * n + at) & 1);
+                const float weight = ptx_exp2(fmaf(p, head.f.c, C::KEYS ? -lse2 : -rows.lse2[x]));
+                if (dropout)
+                    g = drop ? 0 : g * head.keep;
+                g = weight * (g - (C::KEYS ? delta : rows.delta[x]));
+                if (capped)
+                    g *= slope[x / 2][n][at];
+                if (hidden)
+                    g = 0;
+                p = drop || hidden ? 0 : weight;
+            }
         }
+}
+
+/* P (0 where dropout drops) and dS of a tile. SLOPES: dS is the gradient of scale Q K^T, else that of the mask. */
+template <class C, bool SLOPES, bool CARE>
+__device__ __forceinline__ void fa_bwd_weights(typename C::product &w, typename C::product &ds,
+                                               const fa_bwd_tiles<C> &sh, int stage, const fa_bwd_head<C> &head,
+                                               const fa_bwd_rows<C::MT> &rows, int col0, bool edges)
+{
+    using T = typename C::T;
+    using nk = fa_nk<typename C::P, C::DP, C::MT, C::NT>;
+    const int row0 = threadIdx.x / 32 * 16 * C::MT;
+    typename C::product slope;
+    fa_zero(w);
+    fa_zero(ds);
+    nk::run_two(w, ds, fa_lane_left<C::LDB>(ptx_shared(sh.row(0)), row0),
+                fa_lane_nk<C::LDB>(ptx_shared(sh.column(stage, 0))), sh.ROWS, sh.COLUMNS, head.narrow);
+    fa_bwd_score<C, SLOPES && C::MOD>(w, slope, head.f, sh.mask(), col0, edges);
+    fa_bwd_gradients<C, SLOPES && C::MOD, CARE>(w, ds, slope, head, sh.lse2(stage), rows, col0);
+}
+
+/* acc += w times 8 NA columns, from c0 on, of columns' tile `which` */
+template <class C>
+__device__ __forceinline__ void fa_bwd_add(typename C::sums &acc, const typename C::product &w,
+                                           const fa_bwd_tiles<C> &sh, int stage, int which, int c0, int64_t d)
+{
+    using T = typename C::T;
+    const uint32_t tile = ptx_shared(sh.column(stage, which)) + c0 * (int)sizeof(T);
+    fa_product_kn<typename C::P, C::LDB>(acc, w, fa_lane_kn<T, C::LDB>(tile), d - c0 <= fa_fewer<T>(C::DA));
 }
 
 /* index of row i of head h in lse2 and delta */
@@ -112,179 +236,351 @@ __device__ __forceinline__ int64_t fa_bwd_row_at(const fa_sm80_params &p, const 
     return (s->q_batch * p.a.q.size[1] + h) * p.rows + s->q_row;
 }
 
-template <int NA> __device__ __forceinline__ void fa_zero(float (&x)[NA][4])
+/* Rows of a block's results, times `factor`, over its own rows in shared memory. */
+template <class C, class At>
+__device__ __forceinline__ void fa_bwd_store(const fa_bwd_tiles<C> &sh, const fa_tensor *t, const typename C::sums &acc,
+                                             float factor, int64_t first, int64_t limit, int c0, bool vectors, At at)
 {
+    const int row0 = threadIdx.x / 32 * 16 * C::MT;
+    float factors[2 * C::MT];
 #pragma unroll
-    for (int n = 0; n < NA; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            x[n][e] = 0;
+    for (int x = 0; x < 2 * C::MT; x++)
+        factors[x] = factor;
+    fa_store_rows<typename C::T, C::LDB>((char *)sh.row(0) + row0 * C::LDB, t, acc, factors, first + row0, limit, c0,
+                                         vectors, at);
 }
 
-/* Rows of a warp's results, times `factor`, to rows first .. of t; row i lies at at(i), and exists below `limit`. */
-template <typename T, int NA, class At>
-__device__ __forceinline__ void fa_bwd_store(const fa_tensor *t, const float (&acc)[NA][4], float factor, int64_t first,
-                                             int64_t limit, int c0, At at)
+/* A tile of columns, which: 0 or 1. */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_bwd_load(const fa_bwd_tiles<C> &sh, int stage, int which,
+                                            const typename C::tiles &tiles, const fa_load_rows &rows, int first,
+                                            int limit)
 {
-    const int g = threadIdx.x % 32 / 4, lane = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int64_t row = first + threadIdx.x / 32 * 16 + g + 8 * i;
-        if (row >= limit)
-            continue;
-#pragma unroll
-        for (int n = 0; n < NA; n++)
-            fa_store_pair<T>(t, at(row), c0 + n * 8 + 2 * lane, acc[n][2 * i] * factor, acc[n][2 * i + 1] * factor);
-    }
+    using T = typename C::T;
+    T *to = sh.column(stage, which);
+    if (SLOW)
+        fa_load_elements(to, C::LDB / (int)sizeof(T), C::CN, C::THREADS, rows, first, limit, 0, C::DP, true);
+    else
+        tiles.template load<false>(ptx_shared(to), first, limit);
 }
 
 /* ---- dK and dV --------------------------------------------------------------------------------------------------- */
 
-/* Q and dO of the tile, and what belongs to their rows; those that see nothing are not read. */
-template <class C>
-__device__ __forceinline__ void fa_bwd_load_queries(const fa_bwd_tiles<C> &sh, const fa_sm80_params &p,
-                                                    const fa_seq *seq, int64_t h, int64_t i0)
+/* What a block of keys has to do: its tile, and the queries that see some of it, of each head of the group. */
+struct fa_bwd_keys_work {
+    fa_seq seq;
+    int64_t hk, group;
+    int first, c0;      /* first key; first column of the results */
+    int lo, hi;         /* queries */
+    int full_lo, full_hi; /* of these each sees every key of the tile */
+    bool exists;
+};
+
+template <class C> __device__ __noinline__ static fa_bwd_keys_work fa_bwd_keys_work_of(const fa_sm80_params &p)
+{
+    const fa_args *a = &p.a;
+    fa_bwd_keys_work w;
+    const unsigned heads = (unsigned)a->k.size[1];
+    w.group = (unsigned)a->q.size[1] / heads;
+    w.hk = blockIdx.x % heads;
+    w.c0 = blockIdx.y * C::DA;
+    const fa_tile tile = fa_tile_of(&a->cu_k, a->k.size[2], C::RM, blockIdx.x / heads);
+    const fa_seq seq = fa_seq_at(a, tile.n);
+    const fa_span *s = &seq.span;
+    w.seq = seq;
+    w.first = (int)tile.first;
+    w.exists = tile.first < seq.k_rows;
+    const int64_t last = fa_min64(tile.first + C::RM, s->k_len) - 1;
+    const fa_range queries = tile.first < s->k_len ? fa_queries_of_keys(s, tile.first, last) : fa_range{0, 0};
+    w.lo = (int)fa_max64(queries.lo, 0) / C::CN * C::CN;
+    w.hi = (int)fa_max64(queries.hi, 0);
+    const bool whole = tile.first + C::RM <= s->k_len;
+    w.full_lo = s->right < 0 ? 0 : (int)fa_clamp(last - s->offset - s->right, 0, s->q_len);
+    w.full_hi = !whole ? 0 : s->left < 0 ? (int)s->q_len
+                                         : (int)fa_clamp(tile.first - s->offset + s->left + 1, 0, s->q_len);
+    return w;
+}
+
+/* Where Q and dO of a head lie, and what belongs to their rows. */
+template <class C> struct fa_bwd_query_source {
+    typename C::tiles q, dout;
+    const float *lse2, *delta;
+    int64_t h;
+
+    __device__ __forceinline__ fa_bwd_query_source(const fa_sm80_params &p, const fa_seq *seq, int64_t head)
+        : q(&p.a, &p.a.q, fa_q_at(seq, &p.a.q, head, 0), 0, 0),
+          dout(&p.a, &p.a.dout, fa_q_at(seq, &p.a.dout, head, 0), 0, 0), lse2(p.lse2 + fa_bwd_row_at(p, seq, head)),
+          delta(p.delta + fa_bwd_row_at(p, seq, head)), h(head)
+    {
+    }
+};
+
+/* Queries i0 .. into a stage; SLOW: those that see nothing are not read. */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_bwd_load_queries(const fa_bwd_tiles<C> &sh, int stage, const fa_sm80_params &p,
+                                                    const fa_seq *seq, const fa_bwd_query_source<C> &from, int i0)
+{
+    const int q_len = (int)seq->span.q_len, x = threadIdx.x % C::CN, i = i0 + x;
+    fa_load_rows q = fa_rows_q(&p.a, seq, &p.a.q, from.h, false), dout = fa_rows_q(&p.a, seq, &p.a.dout, from.h, false);
+    q.skip = dout.skip = from.lse2;
+    fa_bwd_load<C, SLOW>(sh, stage, 0, from.q, q, i0, q_len);
+    fa_bwd_load<C, SLOW>(sh, stage, 1, from.dout, dout, i0, q_len);
+    if (threadIdx.x < 2 * C::CN) {
+        float *to = sh.lse2(stage) + threadIdx.x;
+        if (i < q_len)
+            ptx_cp_async_few<4>(ptx_shared(to), (threadIdx.x < C::CN ? from.lse2 : from.delta) + i);
+        else
+            *to = threadIdx.x < C::CN ? INFINITY : 0;
+    }
+    ptx_cp_async_commit();
+}
+
+/* dK and dV of the tile */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_bwd_sum_keys(typename C::sums &dk, typename C::sums &dv, const fa_sm80_params &p,
+                                                const fa_bwd_keys_work &w, const fa_bwd_tiles<C> &sh)
 {
     using T = typename C::T;
     const fa_args *a = &p.a;
-    const int64_t rows = fa_bwd_row_at(p, seq, h), q_len = seq->span.q_len;
-    fa_load_rows q = fa_rows_q(a, seq, &a->q, h, p.vectors & FA_VEC_Q);
-    fa_load_rows dout = fa_rows_q(a, seq, &a->dout, h, p.vectors & FA_VEC_DOUT);
-    q.skip = dout.skip = p.lse2 + rows;
-    fa_load_tile<T, C::CN, C::THREADS>(sh.c1, C::LD, q, i0, q_len, 0, C::DP);
-    fa_load_tile<T, C::CN, C::THREADS>(sh.c2, C::LD, dout, i0, q_len, 0, C::DP);
-    ptx_cp_async_commit();
-    if (threadIdx.x < C::CN) {
-        const bool inside = i0 + threadIdx.x < q_len;
-        sh.lse2[threadIdx.x] = inside ? p.lse2[rows + i0 + threadIdx.x] : INFINITY;
-        sh.delta[threadIdx.x] = inside ? p.delta[rows + i0 + threadIdx.x] : 0;
+    const fa_seq seq = w.seq;
+    const int64_t k_len = seq.span.k_len;
+    constexpr int LD = C::LDB / (int)sizeof(T), NEXT = C::STAGES - 1;
+    fa_load_tile<T, C::RM, C::THREADS>(sh.row(0), LD, fa_rows_k(a, &seq, &a->k, &a->k_scale, w.hk,
+                                                                p.vectors & FA_VEC_K), w.first, k_len, 0, C::DP);
+    fa_load_tile<T, C::RM, C::THREADS>(sh.row(1), LD, fa_rows_k(a, &seq, &a->v, &a->v_scale, w.hk,
+                                                                p.vectors & FA_VEC_V), w.first, k_len, 0, C::DP);
+    if (w.lo >= w.hi)
+        return;
+    const int64_t h0 = w.hk * w.group;
+    fa_bwd_query_source<C> from(p, &seq, h0);
+    int stage = 0;
+    if (NEXT)
+        fa_bwd_load_queries<C, SLOW>(sh, 0, p, &seq, from, w.lo);
+    for (int64_t h = h0; h < h0 + w.group; h++) {
+        const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, &seq, h, w.first);
+        if (!NEXT)
+            from = fa_bwd_query_source<C>(p, &seq, h);
+#pragma unroll 1
+        for (int i0 = w.lo; i0 < w.hi; i0 += C::CN) {
+            const bool more = i0 + C::CN < w.hi, last = !more && h + 1 == h0 + w.group;
+            if (NEXT && !more && !last)
+                from = fa_bwd_query_source<C>(p, &seq, h + 1);
+            if (!NEXT)
+                fa_bwd_load_queries<C, SLOW>(sh, 0, p, &seq, from, i0);
+            else if (!last)
+                fa_bwd_load_queries<C, SLOW>(sh, stage ^ 1, p, &seq, from, more ? i0 + C::CN : w.lo);
+            else
+                ptx_cp_async_commit();
+            ptx_cp_async_wait<NEXT>();
+            __syncthreads();
+            typename C::product s, ds;
+            fa_bwd_weights<C, true, SLOW>(s, ds, sh, stage, head, fa_bwd_rows<C::MT>(), i0,
+                                          i0 < w.full_lo || i0 + C::CN > w.full_hi);
+            fa_bwd_add<C>(dv, s, sh, stage, 1, w.c0, a->v.size[3]);
+            fa_bwd_add<C>(dk, ds, sh, stage, 0, w.c0, a->q.size[3]);
+            __syncthreads();
+            stage ^= NEXT;
+        }
+    }
+}
+
+/* All of a block's work, but false and nothing stored where a sum has become NaN or infinite. */
+template <class C, bool SLOW>
+__device__ __forceinline__ bool fa_bwd_keys(const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
+{
+    const fa_args *a = &p.a;
+    typename C::sums dk, dv;
+    fa_zero(dk);
+    fa_zero(dv);
+    {
+        const fa_bwd_keys_work w = fa_bwd_keys_work_of<C>(p);
+        if (!w.exists)
+            return true;
+        fa_bwd_sum_keys<C, SLOW>(dk, dv, p, w, sh);
     }
     ptx_cp_async_wait<0>();
-    __syncthreads();
+    if (!SLOW && __syncthreads_or(fa_spoilt(dk) || fa_spoilt(dv)))
+        return false;
+    const fa_bwd_keys_work w = fa_bwd_keys_work_of<C>(p);
+    if (a->dv.data)
+        fa_bwd_store<C>(sh, &a->dv, dv, p.keep, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DV,
+                        [&](int64_t j) { return fa_k_at(a, &w.seq, &a->dv, w.hk, j); });
+    if (a->dk.data)
+        fa_bwd_store<C>(sh, &a->dk, dk, (float)a->scale, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DK,
+                        [&](int64_t j) { return fa_k_at(a, &w.seq, &a->dk, w.hk, j); });
+    return true;
+}
+
+template <class C> __device__ __noinline__ static void fa_bwd_keys_slowly(const fa_sm80_params &p, char *smem)
+{
+    fa_bwd_keys<C, true>(p, fa_bwd_tiles<C>{smem});
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_keys(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
-    using T = typename C::T;
-    const fa_bwd_tiles<C> sh = fa_bwd_tiles_at<C>(smem);
-    const fa_args *a = &p.a;
-    const int64_t group = a->q.size[1] / a->k.size[1], hk = blockIdx.x % a->k.size[1], slot = blockIdx.x / a->k.size[1];
-    const int c0 = blockIdx.y * C::DA;
-    const fa_tile tile = fa_tile_of(&a->cu_k, a->k.size[2], C::RM, slot);
-    const fa_seq seq = fa_seq_at(a, tile.n);
-    if (tile.first >= seq.k_rows)
-        return;
-    float dk[C::NA][4], dv[C::NA][4];
-    fa_zero(dk);
-    fa_zero(dv);
-    const int64_t k_len = seq.span.k_len, j0 = tile.first;
-    const fa_range queries = j0 < k_len ? fa_queries_of_keys(&seq.span, j0, fa_min64(j0 + C::RM, k_len) - 1)
-                                        : fa_range{0, 0};
-    fa_load_tile<T, C::RM, C::THREADS>(sh.r1, C::LD, fa_rows_k(a, &seq, &a->k, &a->k_scale, hk, p.vectors & FA_VEC_K),
-                                       j0, k_len, 0, C::DP);
-    fa_load_tile<T, C::RM, C::THREADS>(sh.r2, C::LD, fa_rows_k(a, &seq, &a->v, &a->v_scale, hk, p.vectors & FA_VEC_V),
-                                       j0, k_len, 0, C::DP);
-    for (int64_t h = hk * group; h < (hk + 1) * group; h++) {
-        const fa_scores scores = fa_scores_of(a, &seq, h);
-        for (int64_t i0 = queries.lo / C::CN * C::CN; i0 < queries.hi; i0 += C::CN) {
-            fa_bwd_load_queries<C>(sh, p, &seq, h, i0);
-            const bool edges = !fa_all_visible(&seq.span, i0, i0 + C::CN - 1, j0, j0 + C::RM - 1);
-            float w[C::NT][4], ds[C::NT][4];
-            fa_bwd_weights<C, true>(w, ds, p, sh, scores, fa_bwd_rows(), (int)j0, (int)i0, edges);
-            fa_product_kn<T>(dv, w, sh.c2 + c0, C::LD);
-            fa_product_kn<T>(dk, ds, sh.c1 + c0, C::LD);
-            __syncthreads();
-        }
-    }
-    const float keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
-    const auto dv_at = [&](int64_t j) { return fa_k_at(a, &seq, &a->dv, hk, j); };
-    const auto dk_at = [&](int64_t j) { return fa_k_at(a, &seq, &a->dk, hk, j); };
-    if (a->dv.data)
-        fa_bwd_store<T>(&a->dv, dv, keep, j0, seq.k_rows, c0, dv_at);
-    if (a->dk.data)
-        fa_bwd_store<T>(&a->dk, dk, (float)a->scale, j0, seq.k_rows, c0, dk_at);
+    const int vectors = FA_VEC_Q | FA_VEC_DOUT;
+    if ((p.vectors & vectors) != vectors || !fa_bwd_keys<C, false>(p, fa_bwd_tiles<C>{smem}))
+        fa_bwd_keys_slowly<C>(p, smem);
 }
 
 /* ---- dQ ---------------------------------------------------------------------------------------------------------- */
 
+/* What a block of queries has to do. */
+struct fa_bwd_queries_work {
+    fa_seq seq;
+    int64_t h, hk;
+    int first, c0;
+    int lo, hi, full_lo, full_hi; /* keys that some query sees, that every one sees */
+    bool exists;
+};
+
+template <class C> __device__ __noinline__ static fa_bwd_queries_work fa_bwd_queries_work_of(const fa_sm80_params &p)
+{
+    const fa_args *a = &p.a;
+    fa_bwd_queries_work w;
+    const unsigned heads = (unsigned)a->q.size[1];
+    w.h = blockIdx.x % heads;
+    w.hk = (unsigned)w.h / (heads / (unsigned)a->k.size[1]);
+    w.c0 = blockIdx.y * C::DA;
+    const fa_tile tile = fa_tile_of(&a->cu_q, a->q.size[2], C::RM, p.slots - 1 - blockIdx.x / heads);
+    const fa_seq seq = fa_seq_at(a, tile.n);
+    const fa_span *s = &seq.span;
+    w.seq = seq;
+    w.first = (int)tile.first;
+    w.exists = tile.first < seq.q_rows;
+    const int64_t last = fa_min64(tile.first + C::RM, s->q_len) - 1;
+    const fa_range keys = tile.first < s->q_len ? fa_keys_of_queries(s, tile.first, last) : fa_range{0, 0};
+    w.lo = (int)fa_max64(keys.lo, 0) / C::CN * C::CN;
+    w.hi = (int)fa_max64(keys.hi, 0);
+    const bool whole = tile.first + C::RM <= s->q_len;
+    w.full_lo = s->left < 0 ? 0 : (int)fa_clamp(last + s->offset - s->left, 0, s->k_len);
+    w.full_hi = !whole ? 0 : s->right < 0 ? (int)s->k_len
+                                          : (int)fa_clamp(tile.first + s->offset + s->right + 1, 0, s->k_len);
+    return w;
+}
+
 /* Q and dO of the block, and of each lane's rows what belongs to them. */
 template <class C>
-__device__ __forceinline__ fa_bwd_rows fa_bwd_load_rows(const fa_bwd_tiles<C> &sh, const fa_sm80_params &p,
-                                                        const fa_seq *seq, int64_t h, int64_t i0)
+__device__ __forceinline__ fa_bwd_rows<C::MT> fa_bwd_load_rows(const fa_bwd_tiles<C> &sh, const fa_sm80_params &p,
+                                                               const fa_seq *seq, int64_t h, int64_t i0)
 {
     using T = typename C::T;
     const fa_args *a = &p.a;
-    const int64_t rows = fa_bwd_row_at(p, seq, h), q_len = seq->span.q_len;
-    fa_load_tile<T, C::RM, C::THREADS>(sh.r1, C::LD, fa_rows_q(a, seq, &a->q, h, p.vectors & FA_VEC_Q), i0, q_len, 0,
+    constexpr int LD = C::LDB / (int)sizeof(T);
+    const int64_t row0 = fa_bwd_row_at(p, seq, h), q_len = seq->span.q_len;
+    fa_load_tile<T, C::RM, C::THREADS>(sh.row(0), LD, fa_rows_q(a, seq, &a->q, h, p.vectors & FA_VEC_Q), i0, q_len, 0,
                                        C::DP);
-    fa_load_tile<T, C::RM, C::THREADS>(sh.r2, C::LD, fa_rows_q(a, seq, &a->dout, h, p.vectors & FA_VEC_DOUT), i0, q_len,
-                                       0, C::DP);
-    ptx_cp_async_commit();
-    fa_bwd_rows r;
-    for (int e = 0; e < 2; e++) {
-        const int64_t i = i0 + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * e;
-        r.lse2[e] = i < q_len ? p.lse2[rows + i] : INFINITY;
-        r.delta[e] = i < q_len ? p.delta[rows + i] : 0;
+    fa_load_tile<T, C::RM, C::THREADS>(sh.row(1), LD, fa_rows_q(a, seq, &a->dout, h, p.vectors & FA_VEC_DOUT), i0,
+                                       q_len, 0, C::DP);
+    fa_bwd_rows<C::MT> r;
+#pragma unroll
+    for (int x = 0; x < 2 * C::MT; x++) {
+        const int64_t i = i0 + threadIdx.x / 32 * 16 * C::MT + threadIdx.x % 32 / 4 + 8 * x;
+        r.lse2[x] = i < q_len ? p.lse2[row0 + i] : INFINITY;
+        r.delta[x] = i < q_len ? p.delta[row0 + i] : 0;
     }
     return r;
 }
 
-/* K and V of the tile; rows of K that hold NaN or infinity become 0 where a query of the block may not see them: of
- * those that do, dS is NaN. */
-template <class C>
-__device__ __forceinline__ void fa_bwd_load_keys(const fa_bwd_tiles<C> &sh, const fa_sm80_params &p, const fa_seq *seq,
-                                                 int64_t hk, int64_t j0)
+/* Where K and V of a head lie. */
+template <class C> struct fa_bwd_key_source {
+    typename C::tiles k, v;
+    int64_t hk;
+
+    __device__ __forceinline__ fa_bwd_key_source(const fa_args *a, const fa_seq *seq, int64_t head)
+        : k(a, &a->k, fa_first_key_at(a, seq, &a->k, head), 0, 0),
+          v(a, &a->v, fa_first_key_at(a, seq, &a->v, head), 0, 0), hk(head)
+    {
+    }
+};
+
+/* Keys j0 .. into a stage */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_bwd_load_keys(const fa_bwd_tiles<C> &sh, int stage, const fa_sm80_params &p,
+                                                 const fa_seq *seq, const fa_bwd_key_source<C> &from, int j0)
+{
+    const fa_args *a = &p.a;
+    const int k_len = (int)seq->span.k_len;
+    fa_bwd_load<C, SLOW>(sh, stage, 0, from.k, fa_rows_k(a, seq, &a->k, &a->k_scale, from.hk, false), j0, k_len);
+    fa_bwd_load<C, SLOW>(sh, stage, 1, from.v, fa_rows_k(a, seq, &a->v, &a->v_scale, from.hk, false), j0, k_len);
+    ptx_cp_async_commit();
+}
+
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_bwd_sum_queries(typename C::sums &dq, const fa_sm80_params &p,
+                                                   const fa_bwd_queries_work &w, const fa_bwd_tiles<C> &sh)
 {
     using T = typename C::T;
     const fa_args *a = &p.a;
-    const int64_t k_len = seq->span.k_len;
-    fa_load_tile<T, C::CN, C::THREADS>(sh.c1, C::LD, fa_rows_k(a, seq, &a->k, &a->k_scale, hk, p.vectors & FA_VEC_K),
-                                       j0, k_len, 0, C::DP);
-    fa_load_tile<T, C::CN, C::THREADS>(sh.c2, C::LD, fa_rows_k(a, seq, &a->v, &a->v_scale, hk, p.vectors & FA_VEC_V),
-                                       j0, k_len, 0, C::DP);
-    ptx_cp_async_commit();
-    ptx_cp_async_wait<0>();
-    __syncthreads();
+    const fa_seq seq = w.seq;
+    constexpr int NEXT = C::STAGES - 1;
+    if (w.lo >= w.hi)
+        return;
+    const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, &seq, w.h, w.first);
+    const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, &seq, w.h, w.first);
+    const fa_bwd_key_source<C> from(a, &seq, w.hk);
+    int stage = 0;
+    if (NEXT)
+        fa_bwd_load_keys<C, SLOW>(sh, 0, p, &seq, from, w.lo);
+#pragma unroll 1
+    for (int j0 = w.lo; j0 < w.hi; j0 += C::CN) {
+        if (C::MOD && head.f.p.mask)
+            fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask(), head.f, p.mask_width, j0);
+        ptx_cp_async_commit();
+        if (!NEXT)
+            fa_bwd_load_keys<C, SLOW>(sh, 0, p, &seq, from, j0);
+        else if (j0 + C::CN < w.hi)
+            fa_bwd_load_keys<C, SLOW>(sh, stage ^ 1, p, &seq, from, j0 + C::CN);
+        else
+            ptx_cp_async_commit();
+        ptx_cp_async_wait<NEXT>();
+        __syncthreads();
+        typename C::product s, ds;
+        fa_bwd_weights<C, true, SLOW>(s, ds, sh, stage, head, rows, j0, j0 < w.full_lo || j0 + C::CN > w.full_hi);
+        if (SLOW && fa_find_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), C::LDB / (int)sizeof(T), C::DP, sh.wild())) {
+            fa_clear_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), C::LDB / (int)sizeof(T), C::DP, sh.wild());
+            __syncthreads(); /* queries that see such a key have dS of NaN */
+        }
+        fa_bwd_add<C>(dq, ds, sh, stage, 0, w.c0, a->q.size[3]);
+        __syncthreads();
+        stage ^= NEXT;
+    }
+}
+
+template <class C, bool SLOW>
+__device__ __forceinline__ bool fa_bwd_queries(const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
+{
+    const fa_args *a = &p.a;
+    typename C::sums dq;
+    fa_zero(dq);
+    {
+        const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
+        if (!w.exists)
+            return true;
+        fa_bwd_sum_queries<C, SLOW>(dq, p, w, sh);
+    }
+    if (!SLOW && __syncthreads_or(fa_spoilt(dq)))
+        return false;
+    const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
+    fa_bwd_store<C>(sh, &a->dq, dq, (float)a->scale, w.first, w.seq.q_rows, w.c0, p.vectors & FA_VEC_DQ,
+                    [&](int64_t i) { return fa_q_at(&w.seq, &a->dq, w.h, i); });
+    return true;
+}
+
+template <class C> __device__ __noinline__ static void fa_bwd_queries_slowly(const fa_sm80_params &p, char *smem)
+{
+    fa_bwd_queries<C, true>(p, fa_bwd_tiles<C>{smem});
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_queries(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
-    using T = typename C::T;
-    const fa_bwd_tiles<C> sh = fa_bwd_tiles_at<C>(smem);
-    const fa_args *a = &p.a;
-    const int64_t h = blockIdx.x % a->q.size[1], slot = p.slots - 1 - blockIdx.x / a->q.size[1];
-    const int64_t hk = h / (a->q.size[1] / a->k.size[1]);
-    const int c0 = blockIdx.y * C::DA;
-    const fa_tile tile = fa_tile_of(&a->cu_q, a->q.size[2], C::RM, slot);
-    const fa_seq seq = fa_seq_at(a, tile.n);
-    if (tile.first >= seq.q_rows)
-        return;
-    float dq[C::NA][4];
-    fa_zero(dq);
-    const int64_t q_len = seq.span.q_len, i0 = tile.first;
-    const fa_range keys = i0 < q_len ? fa_keys_of_queries(&seq.span, i0, fa_min64(i0 + C::RM, q_len) - 1)
-                                     : fa_range{0, 0};
-    const fa_bwd_rows rows = fa_bwd_load_rows<C>(sh, p, &seq, h, i0);
-    const fa_scores scores = fa_scores_of(a, &seq, h);
-    const bool scan = a->mask.data && a->mask.dtype == FA_BOOL;
-    for (int64_t j0 = fa_max64(keys.lo, 0) / C::CN * C::CN; j0 < keys.hi; j0 += C::CN) {
-        fa_bwd_load_keys<C>(sh, p, &seq, hk, j0);
-        const bool edges = !fa_all_visible(&seq.span, i0, i0 + C::RM - 1, j0, j0 + C::CN - 1);
-        float w[C::NT][4], ds[C::NT][4];
-        fa_bwd_weights<C, true>(w, ds, p, sh, scores, rows, (int)i0, (int)j0, edges);
-        if ((edges || scan) && fa_find_wild<T, C::CN, C::THREADS>(sh.c1, C::LD, C::DP, sh.wild)) {
-            fa_clear_wild<T, C::CN, C::THREADS>(sh.c1, C::LD, C::DP, sh.wild);
-            __syncthreads();
-        }
-        fa_product_kn<T>(dq, ds, sh.c1 + c0, C::LD);
-        __syncthreads();
-    }
-    fa_bwd_store<T>(&a->dq, dq, (float)a->scale, i0, seq.q_rows, c0,
-                    [&](int64_t i) { return fa_q_at(&seq, &a->dq, h, i); });
+    const int vectors = FA_VEC_K | FA_VEC_V;
+    if ((p.vectors & vectors) != vectors || !fa_bwd_queries<C, false>(p, fa_bwd_tiles<C>{smem}))
+        fa_bwd_queries_slowly<C>(p, smem);
 }
 
 /* ---- the gradient of a mask -------------------------------------------------------------------------------------- */
@@ -292,17 +588,18 @@ __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_queries(const __grid_c
 /* Sums the results of all lanes that share a column of the mask's gradient, or a row of it, or all; what is summed lies
  * in sSum [RM][CN] and is added in the order of its index. */
 template <class C>
-__device__ static void fa_dmask_store(const fa_args *a, const float (&sum)[C::NT][4], float *sSum, int64_t mb,
+__device__ static void fa_dmask_store(const fa_args *a, const typename C::product &sum, float *sSum, int64_t mb,
                                       int64_t mh, int64_t i0, int64_t j0, bool all_i, bool all_j)
 {
     const fa_tensor *m = &a->dmask;
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int lane = threadIdx.x % 32;
     __syncthreads();
 #pragma unroll
-    for (int n = 0; n < C::NT; n++)
+    for (int x = 0; x < 2 * C::MT; x++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            sSum[(threadIdx.x / 32 * 16 + g + e / 2 * 8) * C::CN + n * 8 + 2 * t + e % 2] = sum[n][e];
+        for (int y = 0; y < 2 * C::NT; y++)
+            sSum[(threadIdx.x / 32 * 16 * C::MT + lane / 4 + 8 * x) * C::CN + lane % 4 * (C::CN / 4) + y] =
+                sum[x / 2][y / 2][x % 2 * 2 + y % 2];
     __syncthreads();
     const int rows = all_i ? C::RM : 1, cols = all_j ? C::CN : 1;
     for (int x = threadIdx.x; x < C::RM / rows * (C::CN / cols); x += C::THREADS) {
@@ -328,50 +625,95 @@ __device__ __forceinline__ fa_range fa_extent(int64_t mask_size, int64_t full, i
     return mask_size == full ? fa_range{first, fa_min64(first + count, full)} : fa_range{0, full};
 }
 
-/* block = ((mb * H + mh) * row tiles + row tile) * column tiles + column tile, in the mask's own sizes; not packed */
+/* What a block of the mask's gradient sums: block = ((mb * H + mh) * row tiles + row tile) * column tiles + column tile,
+ * in the mask's own sizes; not packed. */
+struct fa_dmask_work {
+    int64_t mb, mh, mi, mj;
+    fa_range bs, hs, is, js; /* batches, heads, queries, keys */
+};
+
+template <class C> __device__ static fa_dmask_work fa_dmask_work_of(const fa_args *a)
+{
+    fa_dmask_work w;
+    const int64_t *size = a->mask.size;
+    const int64_t col_tiles = fa_ceil_div(size[3], C::CN), row_tiles = fa_ceil_div(size[2], C::RM);
+    int64_t id = blockIdx.x;
+    w.mj = id % col_tiles * C::CN, w.mi = id / col_tiles % row_tiles * C::RM;
+    id /= col_tiles * row_tiles;
+    w.mh = id % size[1], w.mb = id / size[1];
+    w.bs = fa_extent(size[0], a->q.size[0], w.mb, 1);
+    w.hs = fa_extent(size[1], a->q.size[1], w.mh, 1);
+    w.is = fa_extent(size[2], a->q.size[2], w.mi, C::RM);
+    w.js = fa_extent(size[3], a->k.size[2], w.mj, C::CN);
+    return w;
+}
+
+/* Adds dS of the keys js of one head and tile of queries. */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_dmask_add(typename C::product &sum, const fa_sm80_params &p, const fa_seq *seq,
+                                             int64_t h, int64_t i0, fa_range js, const fa_bwd_tiles<C> &sh)
+{
+    const fa_args *a = &p.a;
+    const fa_range keys = fa_keys_of_queries(&seq->span, i0, fa_min64(i0 + C::RM, seq->span.q_len) - 1);
+    const fa_bwd_key_source<C> from(a, seq, h / (a->q.size[1] / a->k.size[1]));
+    const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, seq, h, i0);
+    const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, seq, h, (int)i0);
+#pragma unroll 1
+    for (int64_t j0 = js.lo; j0 < js.hi; j0 += C::CN) {
+        if (j0 + C::CN <= keys.lo || j0 >= keys.hi)
+            continue;
+        fa_bwd_load_keys<C, SLOW>(sh, 0, p, seq, from, (int)j0);
+        fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask(), head.f, p.mask_width, (int)j0);
+        ptx_cp_async_commit();
+        ptx_cp_async_wait<0>();
+        __syncthreads();
+        const bool edges = !fa_all_visible(&seq->span, i0, i0 + C::RM - 1, j0, j0 + C::CN - 1);
+        typename C::product s, ds;
+        fa_bwd_weights<C, false, true>(s, ds, sh, 0, head, rows, (int)j0, edges);
+#pragma unroll
+        for (int m = 0; m < C::MT; m++)
+#pragma unroll
+            for (int n = 0; n < C::NT; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sum[m][n][e] += ds[m][n][e];
+        __syncthreads();
+    }
+    ptx_cp_async_wait<0>();
+    __syncthreads();
+}
+
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_dmask_sum(const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
+{
+    const fa_args *a = &p.a;
+    const fa_dmask_work w = fa_dmask_work_of<C>(a);
+    typename C::product sum;
+    fa_zero(sum);
+    for (int64_t b = w.bs.lo; b < w.bs.hi; b++) {
+        const fa_seq seq = fa_seq_at(a, b);
+        for (int64_t h = w.hs.lo; h < w.hs.hi; h++)
+            for (int64_t i0 = w.is.lo; i0 < fa_min64(w.is.hi, seq.span.q_len); i0 += C::RM)
+                fa_dmask_add<C, SLOW>(sum, p, &seq, h, i0, w.js, sh);
+    }
+    fa_dmask_store<C>(a, sum, (float *)sh.smem, w.mb, w.mh, w.mi, w.mj, a->mask.size[2] != a->q.size[2],
+                      a->mask.size[3] != a->k.size[2]);
+}
+
+template <class C> __device__ __noinline__ static void fa_dmask_slowly(const fa_sm80_params &p, char *smem)
+{
+    fa_dmask_sum<C, true>(p, fa_bwd_tiles<C>{smem});
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::THREADS) fa_dmask_sm80(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
-    const fa_bwd_tiles<C> sh = fa_bwd_tiles_at<C>(smem);
-    const fa_args *a = &p.a;
-    const int64_t *size = a->mask.size, SQ = a->q.size[2], SK = a->k.size[2], group = a->q.size[1] / a->k.size[1];
-    const int64_t col_tiles = fa_ceil_div(size[3], C::CN), row_tiles = fa_ceil_div(size[2], C::RM);
-    int64_t id = blockIdx.x;
-    const int64_t mj = id % col_tiles * C::CN, mi = id / col_tiles % row_tiles * C::RM;
-    id /= col_tiles * row_tiles;
-    const int64_t mh = id % size[1], mb = id / size[1];
-    const fa_range bs = fa_extent(size[0], a->q.size[0], mb, 1), hs = fa_extent(size[1], a->q.size[1], mh, 1);
-    const fa_range is = fa_extent(size[2], SQ, mi, C::RM), js = fa_extent(size[3], SK, mj, C::CN);
-    float sum[C::NT][4];
-    fa_zero(sum);
-    for (int64_t b = bs.lo; b < bs.hi; b++) {
-        const fa_seq seq = fa_seq_at(a, b);
-        for (int64_t h = hs.lo; h < hs.hi; h++) {
-            const fa_scores scores = fa_scores_of(a, &seq, h);
-            for (int64_t i0 = is.lo; i0 < fa_min64(is.hi, seq.span.q_len); i0 += C::RM) {
-                const fa_range keys =
-                    fa_keys_of_queries(&seq.span, i0, fa_min64(i0 + C::RM, seq.span.q_len) - 1);
-                __syncthreads();
-                const fa_bwd_rows rows = fa_bwd_load_rows<C>(sh, p, &seq, h, i0);
-                for (int64_t j0 = js.lo; j0 < js.hi; j0 += C::CN) {
-                    if (j0 + C::CN <= keys.lo || j0 >= keys.hi)
-                        continue;
-                    __syncthreads();
-                    fa_bwd_load_keys<C>(sh, p, &seq, h / group, j0);
-                    float w[C::NT][4], ds[C::NT][4];
-                    fa_bwd_weights<C, false>(w, ds, p, sh, scores, rows, (int)i0, (int)j0, true);
-#pragma unroll
-                    for (int n = 0; n < C::NT; n++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            sum[n][e] += ds[n][e];
-                }
-            }
-        }
-    }
-    ptx_cp_async_wait<0>();
-    fa_dmask_store<C>(a, sum, (float *)smem, mb, mh, mi, mj, size[2] != SQ, size[3] != SK);
+    const int vectors = FA_VEC_K | FA_VEC_V;
+    if ((p.vectors & vectors) == vectors)
+        fa_dmask_sum<C, false>(p, fa_bwd_tiles<C>{smem});
+    else
+        fa_dmask_slowly<C>(p, smem);
 }
 
 #endif

@@ -1,240 +1,329 @@
 /* Forward: a block has BM query rows of one head and streams tiles of BN keys through the online softmax (Dao,
- * "FlashAttention-2", 2023). A warp owns 16 of the rows, so that maximum, sum and output of a row stay in one quad of
- * lanes.
+ * "FlashAttention-2", 2023). A warp owns 16 or 32 of the rows, so that maximum, sum and output of a row stay in one quad
+ * of lanes; with 32 each operand that it reads from shared memory serves two products.
  *
  *   time ->          tile n                              tile n + 1
- *   copy of K        . . [ K n+1 ......... ]             . . [ K n+2
- *   copy of V        [ V n ........ ]                    [ V n+1 ......
- *   tensor cores     [ S n ]           [ O += P V n ]    [ S n+1 ]
- *   other lanes             [ softmax ]                           [ softmax ]
+ *   copy of V, mask  [ V n ......... ]                   [ V n+1 .......
+ *   copy of K                        [ K n+1 ......... ]                 [ K n+2
+ *   tensor cores     [ S n ]                   [ O += P V n ][ S n+1 ]
+ *   other lanes                      [ softmax ]                         [ softmax ]
+ *   blocks meet      |               |                   |               |
  *
- * K of the next tile replaces K as soon as S is known, V as soon as O has it: one buffer each. */
+ * K of the next tile replaces K as soon as S is known, V as soon as O has it: one buffer each, and another block of the
+ * same multiprocessor computes where this one waits. */
 #ifndef FA_SM80_FWD_CUH
 #define FA_SM80_FWD_CUH
 
-#include "sm80.cuh"
+#include "sm80_softmax.cuh"
 
 /* DP: head dimensions up to it; above 256 the columns of V are taken in two passes. */
-template <typename T_, int DP_, bool MOD_> struct fa_fwd_config {
-    using T = T_;
-    static constexpr fa_sm80_tile TILE = fa_fwd_tile(DP_, sizeof(T) == 4);
-    static constexpr int DP = DP_, BN = TILE.cols, WARPS = TILE.warps, BM = 16 * WARPS, THREADS = 32 * WARPS;
-    static constexpr int NT = BN / 8, DA = TILE.da, NA = DA / 8, LD = fa_tile_ld<T>(DP), LDV = fa_tile_ld<T>(DA);
+/* P_: what products take, fa_tf32 or the dtype */
+template <typename P_, int DP_, bool MOD_> struct fa_fwd_config {
+    using P = P_;
+    using T = typename fa_stored<P>::type;
+    static constexpr fa_sm80_tile TILE = fa_fwd_tile(DP_, sizeof(T) == 4, MOD_);
+    static constexpr int DP = DP_, BN = TILE.cols, WARPS = TILE.warps, MT = TILE.mt, THREADS = 32 * WARPS;
+    static constexpr int BM = fa_tile_rows(TILE), NT = BN / 8, DA = TILE.da, NA = DA / 8;
+    static constexpr int LDB = fa_row_bytes<T>(DP), LDVB = fa_row_bytes<T>(DA);
     static constexpr bool MOD = MOD_;
     static constexpr size_t SHARED = fa_fwd_bytes(TILE, sizeof(T));
+    static constexpr int BLOCKS = DP == 64 && sizeof(T) == 2 && !MOD ? 3 : 1; /* at least, on a multiprocessor */
 };
 
-/* The running softmax of a lane's two rows: row g and g + 8 of the warp. */
-template <int NA> struct fa_fwd_rows {
-    float acc[NA][4], max[2], sum[2]; /* sum: of this lane's columns only */
+/* Shared memory. */
+template <class C> struct fa_fwd_tiles {
+    typename C::T *q, *k, *v;
+    char *mask;
+
+    __device__ __forceinline__ fa_fwd_tiles(char *smem)
+        : q((typename C::T *)smem), k((typename C::T *)(smem + C::BM * C::LDB)),
+          v((typename C::T *)(smem + (C::BM + C::BN) * C::LDB)), mask(smem + C::SHARED)
+    {
+    }
 };
 
 /* What the block has to do. */
 struct fa_fwd_work {
     fa_seq seq;
-    fa_scores scores;
     int64_t h, hk, split;
     int first, c0;  /* first query of the tile; first column of V */
     int k_lo, k_hi; /* keys */
+    int full_lo, full_hi; /* of these every query of the tile sees each */
+    bool exists;
 };
 
-template <class C> __device__ static bool fa_fwd_work_of(fa_fwd_work *w, const fa_sm80_params &p)
+/* Not inlined, so that nothing of it stays in registers until the results are stored. */
+template <class C> __device__ __noinline__ static fa_fwd_work fa_fwd_work_of(const fa_sm80_params &p)
 {
     const fa_args *a = &p.a;
-    int64_t id = blockIdx.x;
-    w->h = id % a->q.size[1], id /= a->q.size[1];
-    w->hk = w->h / (a->q.size[1] / a->k.size[1]);
-    int64_t slot = p.slots - 1 - id % p.slots; /* the longest of a causal call come first */
-    w->split = id / p.slots;
-    w->c0 = blockIdx.y * C::DA;
-    fa_tile tile = fa_tile_of(&a->cu_q, a->q.size[2], C::BM, slot);
-    w->seq = fa_seq_at(a, tile.n);
-    w->first = (int)tile.first;
-    if (tile.first >= w->seq.q_rows)
-        return false;
-    w->scores = fa_scores_of(a, &w->seq, w->h);
-    const int64_t q_len = w->seq.span.q_len;
-    fa_range keys = {0, 0};
-    if (tile.first < q_len)
-        keys = fa_keys_of_queries(&w->seq.span, tile.first, fa_min64(tile.first + C::BM, q_len) - 1);
+    fa_fwd_work w;
+    const unsigned heads = (unsigned)a->q.size[1], slots = (unsigned)p.slots, id = blockIdx.x / heads;
+    w.h = blockIdx.x % heads;
+    w.hk = (unsigned)w.h / (heads / (unsigned)a->k.size[1]);
+    const int64_t slot = slots - 1 - id % slots; /* the longest of a causal call come first */
+    w.split = id / slots;
+    w.c0 = blockIdx.y * C::DA;
+    const fa_tile tile = fa_tile_of(&a->cu_q, a->q.size[2], C::BM, slot);
+    const fa_seq seq = fa_seq_at(a, tile.n);
+    const fa_span *span = &seq.span;
+    w.seq = seq;
+    w.first = (int)tile.first;
+    w.exists = tile.first < seq.q_rows;
+    const int64_t q_len = span->q_len, last = fa_min64(tile.first + C::BM, q_len) - 1;
+    const fa_range keys = tile.first < q_len ? fa_keys_of_queries(span, tile.first, last) : fa_range{0, 0};
     int64_t part = p.split_keys;
     if (a->splits_wanted > 0) /* of the sequence's own keys, not of the room behind them */
-        part = fa_round_up(fa_max64(1, fa_ceil_div(w->seq.span.k_len, a->splits_wanted)), C::BN);
-    int64_t lo = fa_max64(keys.lo, w->split * part), hi = fa_min64(keys.hi, (w->split + 1) * part);
-    w->k_lo = (int)(fa_max64(lo, 0) / C::BN * C::BN);
-    w->k_hi = (int)fa_max64(hi, 0);
+        part = fa_round_up(fa_max64(1, fa_ceil_div(span->k_len, a->splits_wanted)), C::BN);
+    const int64_t lo = fa_max64(keys.lo, w.split * part), hi = fa_min64(keys.hi, (w.split + 1) * part);
+    w.k_lo = (int)(fa_max64(lo, 0) / C::BN * C::BN);
+    w.k_hi = (int)fa_max64(hi, 0);
     if (lo >= hi)
-        w->k_lo = w->k_hi = 0;
-    return true;
+        w.k_lo = w.k_hi = 0;
+    const bool whole = tile.first + C::BM <= q_len;
+    const int64_t full_hi = span->right < 0 ? span->k_len : tile.first + span->offset + span->right + 1;
+    w.full_lo = span->left < 0 ? 0 : (int)fa_clamp(last + span->offset - span->left, 0, span->k_len);
+    w.full_hi = whole ? (int)fa_clamp(full_hi, 0, span->k_len) : 0;
+    return w;
 }
 
-/* Brings the rows to the maximum that the tile makes; s <- weights */
-template <int NT, int NA> __device__ __forceinline__ void fa_fwd_softmax(float (&s)[NT][4], fa_fwd_rows<NA> &r)
+template <int MT, int NA> __device__ __forceinline__ void fa_fwd_start(fa_fwd_rows<MT, NA> &r)
 {
+    fa_zero(r.acc);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float top = r.max[i];
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-            top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const float base = top == -INFINITY ? 0 : top; /* nothing seen yet: every weight is 2^-inf = 0 */
-        const float shrink = ptx_exp2(r.max[i] - base);
-        float sum = 0;
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int e = 2 * i; e < 2 * i + 2; e++) {
-                s[n][e] = ptx_exp2(s[n][e] - base);
-                sum += s[n][e];
-            }
-        r.sum[i] = r.sum[i] * shrink + sum;
-        r.max[i] = top;
-#pragma unroll
-        for (int n = 0; n < NA; n++) {
-            r.acc[n][2 * i] *= shrink;
-            r.acc[n][2 * i + 1] *= shrink;
-        }
+    for (int m = 0; m < MT; m++) {
+        r.max[m][0] = r.max[m][1] = -INFINITY;
+        r.sum[m][0] = r.sum[m][1] = 0;
     }
+}
+
+template <class C>
+__device__ __forceinline__ void fa_fwd_load_queries(const fa_fwd_tiles<C> &sh, const fa_sm80_params &p,
+                                                    const fa_fwd_work &w)
+{
+    using T = typename C::T;
+    const fa_seq seq = w.seq;
+    const fa_load_rows rows = fa_rows_q(&p.a, &seq, &p.a.q, w.h, p.vectors & FA_VEC_Q);
+    fa_load_tile<T, C::BM, C::THREADS>(sh.q, C::LDB / (int)sizeof(T), rows, w.first, seq.span.q_len, 0, C::DP);
 }
 
 /* Rows of V that hold NaN or infinity go one by one to the queries that give them a weight, and then become 0. */
 template <class C>
-__device__ static void fa_fwd_wild(float (&w)[C::NT][4], fa_fwd_rows<C::NA> &r, typename C::T *sV, uint32_t *sWild)
+__device__ static void fa_fwd_wild(float (&w)[C::MT][C::NT][4], fa_fwd_rows<C::MT, C::NA> &r, typename C::T *sV)
 {
-    if (!fa_find_wild<typename C::T, C::BN, C::THREADS>(sV, C::LDV, C::DA, sWild))
+    using T = typename C::T;
+    constexpr int LD = C::LDVB / (int)sizeof(T);
+    uint32_t *sWild = (uint32_t *)(sV + C::DA); /* the end of the first row is nobody's */
+    if (!fa_find_wild<T, C::BN, C::THREADS>(sV, LD, C::DA, sWild))
         return;
-    const int lane = threadIdx.x % 32, t = lane % 4;
     for (int j = 0; j < C::BN; j++) {
         if (!(sWild[j / 32] >> (j % 32) & 1))
             continue;
-        float weight[2] = {0, 0};
 #pragma unroll
-        for (int n = 0; n < C::NT; n++)
+        for (int x = 0; x < 2 * C::MT; x++) {
+            float weight = 0;
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int n = 0; n < C::NT; n++)
                 if (n == j / 8)
-                    weight[i] = j % 2 ? w[n][2 * i + 1] : w[n][2 * i];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            weight[i] = __shfl_sync(0xffffffffu, weight[i], lane / 4 * 4 + j % 8 / 2);
-            if (weight[i] == 0)
+                    weight = w[x / 2][n][x % 2 * 2 + j % 2];
+            weight = __shfl_sync(0xffffffffu, weight, threadIdx.x % 32 / 4 * 4 + j % 8 / 2);
+            if (weight == 0)
                 continue;
-#pragma unroll
-            for (int n = 0; n < C::NA; n++) {
-                r.acc[n][2 * i] += weight[i] * fa_to_f32(sV[j * C::LDV + n * 8 + 2 * t]);
-                r.acc[n][2 * i + 1] += weight[i] * fa_to_f32(sV[j * C::LDV + n * 8 + 2 * t + 1]);
-            }
-        }
-    }
-    __syncthreads();
-    fa_clear_wild<typename C::T, C::BN, C::THREADS>(sV, C::LDV, C::DA, sWild);
-    __syncthreads();
-}
-
-/* All keys of the block: the time table above. */
-template <class C>
-__device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::NA> &r, const fa_sm80_params &p, const fa_fwd_work &w,
-                                            typename C::T *sQ, typename C::T *sK, typename C::T *sV, uint32_t *sWild)
-{
-    using T = typename C::T;
-    const fa_args *a = &p.a;
-    const int row0 = threadIdx.x / 32 * 16, width = fa_steps(a->q.size[3]);
-    const fa_load_rows q = fa_rows_q(a, &w.seq, &a->q, w.h, p.vectors & FA_VEC_Q);
-    const fa_load_rows k = fa_rows_k(a, &w.seq, &a->k, &a->k_scale, w.hk, p.vectors & FA_VEC_K);
-    const fa_load_rows v = fa_rows_k(a, &w.seq, &a->v, &a->v_scale, w.hk, p.vectors & FA_VEC_V);
-    const bool scan = a->tree_mask.data || (a->mask.data && a->mask.dtype == FA_BOOL);
-
-    fa_load_tile<T, C::BM, C::THREADS>(sQ, C::LD, q, w.first, w.seq.span.q_len, 0, width);
-    fa_load_tile<T, C::BN, C::THREADS>(sK, C::LD, k, w.k_lo, w.seq.span.k_len, 0, width);
-    ptx_cp_async_commit();
-    for (int k0 = w.k_lo; k0 < w.k_hi; k0 += C::BN) {
-        const bool edges =
-            !fa_all_visible(&w.seq.span, w.first, w.first + C::BM - 1, k0, k0 + C::BN - 1);
-        fa_load_tile<T, C::BN, C::THREADS>(sV, C::LDV, v, k0, w.seq.span.k_len, w.c0, C::DA);
-        ptx_cp_async_commit();
-        ptx_cp_async_wait<1>();
-        __syncthreads();
-        float s[C::NT][4];
-        fa_product_nk<T, C::NT>(s, sQ, C::LD, row0, sK, C::LD, width);
-        __syncthreads();
-        if (k0 + C::BN < w.k_hi)
-            fa_load_tile<T, C::BN, C::THREADS>(sK, C::LD, k, k0 + C::BN, w.seq.span.k_len, 0, width);
-        ptx_cp_async_commit();
-        fa_score_tile<false, C::MOD, false>(s, s, w.scores, w.first + row0, k0, edges);
-        fa_fwd_softmax(s, r);
-        if (C::MOD && w.scores.dropout)
-            fa_drop_tile<false>(s, w.scores, w.first + row0, k0);
-        ptx_cp_async_wait<1>();
-        __syncthreads();
-        if (edges || scan)
-            fa_fwd_wild<C>(s, r, sV, sWild);
-        fa_product_kn<T>(r.acc, s, sV, C::LDV);
-        __syncthreads();
-    }
-}
-
-/* To out and lse, or to this block's part of them. */
-template <class C>
-__device__ __forceinline__ void fa_fwd_store(fa_fwd_rows<C::NA> &r, const fa_sm80_params &p, const fa_fwd_work &w)
-{
-    const fa_args *a = &p.a;
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, dv = (int)a->v.size[3];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        r.sum[i] += __shfl_xor_sync(0xffffffffu, r.sum[i], 1);
-        r.sum[i] += __shfl_xor_sync(0xffffffffu, r.sum[i], 2);
-        const int64_t row = w.first + threadIdx.x / 32 * 16 + g + 8 * i;
-        if (row >= w.seq.q_rows)
-            continue;
-        if (p.splits > 1) {
-            const int64_t rows = a->q.size[0] * a->q.size[1] * a->q.size[2];
-            const int64_t at = (w.seq.q_batch * a->q.size[1] + w.h) * a->q.size[2] + w.seq.q_row + row;
-            float *part = p.partial + (w.split * rows + at) * fa_partial_floats(dv);
-            part[0] = r.max[i];
-            part[1] = r.sum[i];
 #pragma unroll
             for (int n = 0; n < C::NA; n++)
 #pragma unroll
                 for (int e = 0; e < 2; e++)
-                    if (w.c0 + n * 8 + 2 * t + e < dv)
-                        part[2 + w.c0 + n * 8 + 2 * t + e] = r.acc[n][2 * i + e];
+                    r.acc[x / 2][n][x % 2 * 2 + e] += weight * fa_to_f32(sV[j * LD + fa_column<T>(n, e)]);
+        }
+    }
+    __syncthreads();
+    fa_clear_wild<T, C::BN, C::THREADS>(sV, LD, C::DA, sWild);
+    __syncthreads();
+}
+
+/* A tile of k or v, one element at a time where they are no vectors. */
+template <class C, int WIDTH, bool SLOW, class Tiles>
+__device__ __forceinline__ void fa_fwd_load(typename C::T *sTile, const Tiles &tiles, const fa_tensor *scale, int c0,
+                                            bool vectors, const fa_fwd_work &w, const fa_sm80_params &p, int k0)
+{
+    if (!SLOW || vectors)
+        tiles.template load<true>(ptx_shared(sTile), k0, (int)w.seq.span.k_len);
+    else
+        fa_load_elements(sTile, Tiles::LDB / (int)sizeof(*sTile), C::BN, C::THREADS,
+                         fa_rows_k(&p.a, &w.seq, tiles.t, scale, w.hk, false), k0, w.seq.span.k_len, c0, WIDTH, true);
+}
+
+/* From scores to the sums: O += P V over the first WIDTH columns of V. 16 keys at a time, so that the exponentials of
+ * some run beside the products of others; for float these take so long that registers count for more. */
+template <class C, bool SLOW, int WIDTH>
+__device__ __forceinline__ void fa_fwd_add(fa_fwd_rows<C::MT, C::NA> &r, float (&s)[C::MT][C::NT][4],
+                                           const float (&base)[2 * C::MT], const fa_sm80_scores &f, int k0,
+                                           const fa_fwd_tiles<C> &sh, uint32_t v)
+{
+    using kn = fa_kn<typename C::P, C::LDVB, C::MT, C::NT, C::NA>;
+    constexpr bool BESIDE = !SLOW && sizeof(typename C::T) == 2;
+#pragma unroll
+    for (int k = 0; k < C::NT / 2; k++) {
+        fa_fwd_weigh(s, r, base, f.c, k);
+        if (C::MOD && f.p.dropout)
+            fa_drop_weights(s, f, k0, k);
+        if (BESIDE)
+            kn::template step<WIDTH>(r.acc, s, k, v);
+    }
+    if (BESIDE)
+        return;
+    if (SLOW)
+        fa_fwd_wild<C>(s, r, sh.v);
+#pragma unroll
+    for (int k = 0; k < C::NT / 2; k++)
+        kn::template step<WIDTH>(r.acc, s, k, v);
+}
+
+/* All keys of the block: the time table above. SLOW: any strides and dtypes of k and v, and hidden keys may hold NaN. */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const fa_sm80_params &p, const fa_fwd_work &w,
+                                            const fa_fwd_tiles<C> &sh)
+{
+    using T = typename C::T;
+    const fa_args *a = &p.a;
+    const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16 * C::MT;
+    const uint32_t q = fa_lane_left<C::LDB>(ptx_shared(sh.q), row0), k = fa_lane_nk<C::LDB>(ptx_shared(sh.k));
+    const uint32_t v = fa_lane_kn<T, C::LDVB>(ptx_shared(sh.v));
+    const bool narrow = a->q.size[3] <= fa_fewer<T>(C::DP), narrow_v = a->v.size[3] - w.c0 <= fa_fewer<T>(C::DA);
+    const fa_sm80_scores f = fa_sm80_scores_of<C::MOD>(a, &w.seq, w.h, w.first + row0 + lane / 4, lane % 4 * (C::BN / 4));
+    const fa_row_tiles<T, C::BN, C::THREADS, C::DP> keys(a, &a->k, fa_first_key_at(a, &w.seq, &a->k, w.hk),
+                                                             w.seq.n, 0);
+    const fa_row_tiles<T, C::BN, C::THREADS, C::DA> values(a, &a->v, fa_first_key_at(a, &w.seq, &a->v, w.hk),
+                                                               w.seq.n, w.c0);
+    const bool k_vec = p.vectors & FA_VEC_K, v_vec = p.vectors & FA_VEC_V;
+
+    fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, w.k_lo);
+    ptx_cp_async_commit();
+    ptx_cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll 1
+    for (int k0 = w.k_lo; k0 < w.k_hi; k0 += C::BN) {
+        fa_fwd_load<C, C::DA, SLOW>(sh.v, values, &a->v_scale, w.c0, v_vec, w, p, k0);
+        if (C::MOD && f.p.mask)
+            fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask, f, p.mask_width, k0);
+        ptx_cp_async_commit();
+        float s[C::MT][C::NT][4] = {};
+        fa_nk<typename C::P, C::DP, C::MT, C::NT>::run(s, q, k, narrow);
+        ptx_cp_async_wait<0>();
+        __syncthreads();
+        if (k0 + C::BN < w.k_hi)
+            fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, k0 + C::BN);
+        ptx_cp_async_commit();
+        fa_sm80_score<T, C::MOD, false, C::THREADS>(s, s, f, sh.mask, k0, k0 < w.full_lo || k0 + C::BN > w.full_hi);
+        float base[2 * C::MT];
+        fa_fwd_maxima(s, r, base, f.c);
+        if (narrow_v && !SLOW)
+            fa_fwd_add<C, SLOW, fa_fewer<T>(C::DA)>(r, s, base, f, k0, sh, v);
+        else
+            fa_fwd_add<C, SLOW, C::DA>(r, s, base, f, k0, sh, v);
+        ptx_cp_async_wait<0>();
+        __syncthreads();
+    }
+#pragma unroll
+    for (int x = 0; x < 2 * C::MT; x++)
+        r.max[x / 2][x % 2] = fa_fwd_base(r.max[x / 2][x % 2], f.c);
+}
+
+/* A row of this block's part of the results, where the keys are split. */
+template <class C>
+__device__ __forceinline__ void fa_fwd_store_part(const fa_fwd_rows<C::MT, C::NA> &r, int x, int64_t row, float sum,
+                                                  const fa_sm80_params &p, const fa_fwd_work &w)
+{
+    const fa_args *a = &p.a;
+    const int dv = (int)a->v.size[3];
+    const int64_t rows = a->q.size[0] * a->q.size[1] * a->q.size[2];
+    const int64_t at = (w.seq.q_batch * a->q.size[1] + w.h) * a->q.size[2] + w.seq.q_row + row;
+    float *part = p.partial + (w.split * rows + at) * fa_partial_floats(dv);
+    part[0] = r.max[x / 2][x % 2];
+    part[1] = sum;
+#pragma unroll
+    for (int n = 0; n < C::NA; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int c = w.c0 + fa_column<typename C::T>(n, e);
+            if (c < dv)
+                part[2 + c] = r.acc[x / 2][n][x % 2 * 2 + e];
+        }
+}
+
+template <class C>
+__device__ __forceinline__ void fa_fwd_store(fa_fwd_rows<C::MT, C::NA> &r, const fa_sm80_params &p,
+                                             const fa_fwd_work &w, char *sQ)
+{
+    const fa_args *a = &p.a;
+    const int row0 = threadIdx.x / 32 * 16 * C::MT;
+    float factor[2 * C::MT];
+#pragma unroll
+    for (int x = 0; x < 2 * C::MT; x++) {
+        float sum = r.sum[x / 2][x % 2];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const int64_t row = w.first + row0 + threadIdx.x % 32 / 4 + 8 * x;
+        const bool exists = row < w.seq.q_rows;
+        if (p.splits > 1) {
+            if (exists)
+                fa_fwd_store_part<C>(r, x, row, sum, p, w);
             continue;
         }
         fa_row_end end = {0, -INFINITY};
         if (row < w.seq.span.q_len)
-            end = fa_finish_row(a, w.seq.n, w.h, r.max[i], r.sum[i]);
-        if (w.c0 == 0 && t == 0)
+            end = fa_finish_row(a, w.seq.n, w.h, r.max[x / 2][x % 2], sum, p.keep);
+        if (exists && w.c0 == 0 && threadIdx.x % 4 == 0)
             ((float *)a->lse.data)[fa_q_at(&w.seq, &a->lse, w.h, row)] = (float)end.lse;
-        const bool none = end.scale == 0;
-        const int64_t at = fa_q_at(&w.seq, &a->out, w.h, row);
+        factor[x] = end.scale;
+        if (end.scale == 0)
 #pragma unroll
-        for (int n = 0; n < C::NA; n++)
-            fa_store_pair<typename C::T>(&a->out, at, w.c0 + n * 8 + 2 * t, none ? 0 : r.acc[n][2 * i] * end.scale,
-                                         none ? 0 : r.acc[n][2 * i + 1] * end.scale);
+            for (int n = 0; n < C::NA; n++)
+                r.acc[x / 2][n][x % 2 * 2] = r.acc[x / 2][n][x % 2 * 2 + 1] = 0; /* also NaN */
     }
+    if (p.splits == 1)
+        fa_store_rows<typename C::T, C::LDB>(sQ + row0 * C::LDB, &a->out, r.acc, factor, w.first + row0, w.seq.q_rows,
+                                             w.c0, p.vectors & FA_VEC_OUT,
+                                             [&](int64_t i) { return fa_q_at(&w.seq, &a->out, w.h, i); });
 }
 
+/* All of a block's work, but false and nothing stored where a sum has become NaN or infinite. */
+template <class C, bool SLOW>
+__device__ __forceinline__ bool fa_fwd_block(const fa_sm80_params &p, const fa_fwd_tiles<C> &sh)
+{
+    fa_fwd_rows<C::MT, C::NA> r;
+    fa_fwd_start(r);
+    {
+        const fa_fwd_work w = fa_fwd_work_of<C>(p);
+        if (!w.exists)
+            return true;
+        if (w.k_lo < w.k_hi) {
+            fa_fwd_load_queries<C>(sh, p, w);
+            fa_fwd_keys<C, SLOW>(r, p, w, sh);
+        }
+    }
+    if (!SLOW && __syncthreads_or(fa_spoilt(r.acc)))
+        return false;
+    if (SLOW)
+        __syncthreads();
+    fa_fwd_store<C>(r, p, fa_fwd_work_of<C>(p), (char *)sh.q);
+    return true;
+}
+
+template <class C> __device__ __noinline__ static void fa_fwd_slowly(const fa_sm80_params &p, char *smem)
+{
+    const fa_fwd_tiles<C> sh(smem);
+    fa_fwd_block<C, true>(p, sh);
+}
+
+/* Hidden keys have weight 0, and 0 times NaN or infinity is NaN. So where a sum has become NaN all is done again, with
+ * care for such values. */
 template <class C>
-__global__ void __launch_bounds__(C::THREADS) fa_fwd_sm80_kernel(const __grid_constant__ fa_sm80_params p)
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS) fa_fwd_sm80_kernel(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
-    typename C::T *sQ = (typename C::T *)smem, *sK = sQ + C::BM * C::LD, *sV = sK + C::BN * C::LD;
-    fa_fwd_work w;
-    if (!fa_fwd_work_of<C>(&w, p))
-        return;
-    fa_fwd_rows<C::NA> r;
-#pragma unroll
-    for (int n = 0; n < C::NA; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            r.acc[n][e] = 0;
-    r.max[0] = r.max[1] = -INFINITY;
-    r.sum[0] = r.sum[1] = 0;
-    if (w.k_lo < w.k_hi)
-        fa_fwd_keys<C>(r, p, w, sQ, sK, sV, (uint32_t *)(sV + C::BN * C::LDV));
-    fa_fwd_store<C>(r, p, w);
+    const int vectors = FA_VEC_K | FA_VEC_V;
+    if ((p.vectors & vectors) != vectors || !fa_fwd_block<C, false>(p, fa_fwd_tiles<C>(smem)))
+        fa_fwd_slowly<C>(p, smem);
 }
 
 #endif

@@ -5,70 +5,114 @@ static const int DIMS[] = {64, 128, 256, 512};
 
 struct entry {
     const char *name;
-    fa_sm80_launch *launch;
+    fa_sm80_launch *launch, *plain; /* plain: NULL where there is none */
 };
 
-#define ENTRIES(op, type)                                                                                              \
-    {{"fa_" #op "_sm80_" #type "_hd64", fa_##op##_sm80_##type##_hd64},                                                 \
-     {"fa_" #op "_sm80_" #type "_hd128", fa_##op##_sm80_##type##_hd128},                                               \
-     {"fa_" #op "_sm80_" #type "_hd256", fa_##op##_sm80_##type##_hd256},                                               \
-     {"fa_" #op "_sm80_" #type "_hd512", fa_##op##_sm80_##type##_hd512}}
+#define ENTRY(op, type, dp, plain) {"fa_" #op "_sm80_" #type "_hd" #dp, fa_##op##_sm80_##type##_hd##dp, plain}
+#define ENTRIES(op, type, plain256)                                                                                    \
+    {ENTRY(op, type, 64, fa_##op##_sm80_##type##_hd64_plain),                                                          \
+     ENTRY(op, type, 128, fa_##op##_sm80_##type##_hd128_plain), ENTRY(op, type, 256, plain256),                        \
+     ENTRY(op, type, 512, NULL)}
 
-static const entry FORWARD[3][4] = {ENTRIES(fwd, f32), ENTRIES(fwd, bf16), ENTRIES(fwd, f16)};
-static const entry BACKWARD[3][4] = {ENTRIES(bwd, f32), ENTRIES(bwd, bf16), ENTRIES(bwd, f16)};
+/* by dtype, f32, bf16, f16: the first of fa_dtype; then f32 whose products are tf32 */
+static const entry FORWARD[4][4] = {ENTRIES(fwd, f32, NULL), ENTRIES(fwd, bf16, fa_fwd_sm80_bf16_hd256_plain),
+                                    ENTRIES(fwd, f16, fa_fwd_sm80_f16_hd256_plain), ENTRIES(fwd, tf32, NULL)};
+static const entry BACKWARD[4][4] = {ENTRIES(bwd, f32, NULL), ENTRIES(bwd, bf16, NULL), ENTRIES(bwd, f16, NULL),
+                                     ENTRIES(bwd, tf32, NULL)};
+
+static const entry *entry_of(const entry (&table)[4][4], const fa_args *a)
+{
+    return &table[a->q.dtype == FA_F32 && a->allow_tf32 ? 3 : a->q.dtype][fa_sm80_dim(a)];
+}
+
+static fa_status start(const entry *e, fa_sm80_pass pass, const fa_sm80_params &p, int64_t blocks, cudaStream_t stream,
+                       fa_error *err)
+{
+    fa_sm80_launch *launch = e->plain && !fa_sm80_is_mod(&p.a) ? e->plain : e->launch;
+    return launch(e->name, pass, p, blocks, stream, err);
+}
 
 bool fa_runs_on_sm80(int major)
 {
     return major >= 8;
 }
 
-static bool kernel_of(const entry (&table)[3][4], int i, fa_kernel_info *info)
+static bool kernel_of(const entry (&table)[4][4], int i, fa_kernel_info *info)
 {
-    if (i >= 12)
+    if (i >= 16)
         return false;
     info->name = table[i / 4][i % 4].name;
-    info->dtype = (fa_dtype)(i / 4); /* f32, bf16, f16: the first of fa_dtype */
+    info->dtype = (fa_dtype)(i / 4 % 3);
     return true;
 }
 
-static fa_sm80_tile tile_of(const fa_args *a, bool backward)
+enum pass { FORWARD_PASS, KEYS_PASS, QUERIES_PASS };
+
+static fa_sm80_tile tile_of(const fa_args *a, pass x)
 {
-    int dp = DIMS[fa_sm80_dim(a)];
-    return backward ? fa_bwd_tile(dp, a->q.dtype == FA_F32) : fa_fwd_tile(dp, a->q.dtype == FA_F32);
+    const int dp = DIMS[fa_sm80_dim(a)];
+    const bool f32 = a->q.dtype == FA_F32;
+    const bool mod = fa_sm80_is_mod(a) || !fa_has_plain(dp, f32, false);
+    return x == FORWARD_PASS ? fa_fwd_tile(dp, f32, mod) : fa_bwd_tile(dp, f32, x == KEYS_PASS);
 }
 
-static bool fits(const fa_args *a, int device, bool backward)
+static size_t mask_bytes(const fa_args *a, pass x)
 {
-    if (a->q.dtype == FA_F64)
-        return false;
-    size_t esize = fa_dtype_size(a->q.dtype);
-    fa_sm80_tile t = tile_of(a, backward);
-    return (backward ? fa_bwd_bytes(t, esize) : fa_fwd_bytes(t, esize)) <= fa_cuda_shared_limit(device);
+    const fa_tensor *m = a->tree_mask.data ? &a->tree_mask : &a->mask;
+    return m->data && x != KEYS_PASS ? fa_mask_bytes(tile_of(a, x), fa_dtype_size(m->dtype)) : 0;
 }
 
-static fa_sm80_params params_of(const fa_args *a)
+static size_t shared_of(const fa_args *a, pass x)
+{
+    const size_t esize = fa_dtype_size(a->q.dtype);
+    const fa_sm80_tile t = tile_of(a, x);
+    return (x == FORWARD_PASS ? fa_fwd_bytes(t, esize) : fa_bwd_bytes(t, esize)) + mask_bytes(a, x);
+}
+
+static bool fits(const fa_args *a, int device, pass x)
+{
+    return a->q.dtype != FA_F64 && shared_of(a, x) <= fa_cuda_shared_limit(device);
+}
+
+/* Columns of the mask where a lane's part of a row can be read in vectors; else 0 */
+static int mask_width(const fa_args *a, pass x)
+{
+    const fa_tensor *m = &a->mask;
+    if (!m->data || a->tree_mask.data || a->mask_first || m->stride[3] != 1 || m->size[3] == 1)
+        return 0;
+    const int64_t size = (int64_t)fa_dtype_size(m->dtype), word = fa_min64(16, tile_of(a, x).cols / 4 * size);
+    bool fits = (uintptr_t)m->data % word == 0;
+    for (int i = 0; i < 3; i++)
+        fits = fits && (m->size[i] == 1 || m->stride[i] * size % word == 0);
+    return fits ? (int)m->size[3] : 0;
+}
+
+static fa_sm80_params params_of(const fa_args *a, pass x)
 {
     fa_sm80_params p = {};
     p.a = *a;
-    p.vectors = fa_sm80_vectors(a);
+    p.vectors = fa_sm80_vectors(a, tile_of(a, x).cols);
+    p.mask_width = mask_width(a, x);
+    p.mask_bytes = mask_bytes(a, x);
+    p.keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
     return p;
 }
 
-static void plan_tiles(const fa_args *a, bool backward, fa_plan *p)
+static void plan_tiles(const fa_args *a, pass x, fa_plan *p)
 {
-    fa_sm80_tile t = tile_of(a, backward);
-    p->block_rows = 16 * t.warps;
+    const fa_sm80_tile t = tile_of(a, x);
+    p->block_rows = fa_tile_rows(t);
     p->block_keys = t.cols;
     p->panels = fa_ceil_div(a->q.size[2], p->block_rows);
     p->threads = 32 * t.warps;
-    p->thread_bytes = (backward ? fa_bwd_bytes : fa_fwd_bytes)(t, fa_dtype_size(a->q.dtype));
+    p->thread_bytes = shared_of(a, x);
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static bool can_forward(const fa_args *a, int device)
 {
-    return fits(a, device, false);
+    return fits(a, device, FORWARD_PASS);
 }
 
 /* Keys are split where the tiles leave most of a GPU idle; by the shape alone, so that results are the same on every
@@ -95,8 +139,8 @@ static void plan_splits(const fa_args *a, int64_t blocks, fa_plan *p)
 static void plan_forward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
-    p->kernel = FORWARD[a->q.dtype][fa_sm80_dim(a)].name;
-    plan_tiles(a, false, p);
+    p->kernel = entry_of(FORWARD, a)->name;
+    plan_tiles(a, FORWARD_PASS, p);
     int64_t blocks = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], p->block_rows) * a->q.size[1];
     plan_splits(a, blocks, p);
     p->tasks = blocks * p->splits;
@@ -110,13 +154,13 @@ static void plan_forward(const fa_args *a, int device, fa_plan *p)
 static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                 fa_error *err)
 {
-    fa_sm80_params p = params_of(a);
+    fa_sm80_params p = params_of(a, FORWARD_PASS);
     p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
     p.splits = plan->splits;
     p.split_keys = plan->split_keys;
     p.partial = (float *)workspace;
-    const entry *e = &FORWARD[a->q.dtype][fa_sm80_dim(a)];
-    fa_status status = e->launch(e->name, FA_PASS_FWD, p, plan->tasks, stream, err);
+    const entry *e = entry_of(FORWARD, a);
+    fa_status status = start(e, FA_PASS_FWD, p, plan->tasks, stream, err);
     if (!status && plan->splits > 1)
         status = fa_combine_launch(a, plan, (const float *)workspace, stream, err);
     return status;
@@ -134,14 +178,14 @@ extern "C" const fa_cuda_family fa_fwd_sm80 = {"sm80", fa_runs_on_sm80, forward_
 
 static bool can_backward(const fa_args *a, int device)
 {
-    return fits(a, device, true);
+    return fits(a, device, KEYS_PASS) && fits(a, device, QUERIES_PASS);
 }
 
 static void plan_backward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
-    p->kernel = BACKWARD[a->q.dtype][fa_sm80_dim(a)].name;
-    plan_tiles(a, true, p);
+    p->kernel = entry_of(BACKWARD, a)->name;
+    plan_tiles(a, KEYS_PASS, p);
     p->splits = 1;
     p->split_keys = a->k.size[2];
     p->tasks = fa_tile_slots(&a->cu_k, a->k.size[0], a->k.size[2], p->block_rows) * a->k.size[1];
@@ -150,16 +194,9 @@ static void plan_backward(const fa_args *a, int device, fa_plan *p)
     p->why_splits = "no two blocks add to one element";
 }
 
-static int64_t dmask_blocks(const fa_args *a)
+static fa_sm80_params backward_params(const fa_args *a, pass x, const fa_bwd_row_numbers *r)
 {
-    const fa_sm80_tile t = tile_of(a, true);
-    const int64_t *m = a->mask.size;
-    return m[0] * m[1] * fa_ceil_div(m[2], 16 * t.warps) * fa_ceil_div(m[3], t.cols);
-}
-
-static fa_sm80_params backward_params(const fa_args *a, const fa_bwd_row_numbers *r)
-{
-    fa_sm80_params p = params_of(a);
+    fa_sm80_params p = params_of(a, x);
     p.lse2 = (const float *)r->lse2;
     p.delta = (const float *)r->delta;
     p.rows = r->rows;
@@ -168,22 +205,24 @@ static fa_sm80_params backward_params(const fa_args *a, const fa_bwd_row_numbers
 
 fa_status fa_dmask_sm80_launch(const fa_args *a, const fa_bwd_row_numbers *r, cudaStream_t stream, fa_error *err)
 {
-    const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
-    return e->launch(e->name, FA_PASS_DMASK, backward_params(a, r), dmask_blocks(a), stream, err);
+    const fa_sm80_tile t = tile_of(a, QUERIES_PASS);
+    const int64_t *m = a->mask.size;
+    const int64_t blocks = m[0] * m[1] * fa_ceil_div(m[2], fa_tile_rows(t)) * fa_ceil_div(m[3], t.cols);
+    return start(entry_of(BACKWARD, a), FA_PASS_DMASK, backward_params(a, QUERIES_PASS, r), blocks, stream, err);
 }
 
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                  fa_error *err)
 {
+    const entry *e = entry_of(BACKWARD, a);
     const fa_bwd_row_numbers rows = fa_bwd_rows_in(a, workspace);
-    fa_sm80_params p = backward_params(a, &rows);
-    const entry *e = &BACKWARD[a->q.dtype][fa_sm80_dim(a)];
+    fa_sm80_params p = backward_params(a, QUERIES_PASS, &rows);
+    p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], fa_tile_rows(tile_of(a, QUERIES_PASS)));
     fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
     if (!status && (a->dk.data || a->dv.data))
-        status = e->launch(e->name, FA_PASS_DKV, p, plan->tasks, stream, err);
-    p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], plan->block_rows);
+        status = start(e, FA_PASS_DKV, backward_params(a, KEYS_PASS, &rows), plan->tasks, stream, err);
     if (!status && a->dq.data)
-        status = e->launch(e->name, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
+        status = start(e, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
     if (!status && a->dmask.data)
         status = fa_dmask_sm80_launch(a, &rows, stream, err);
     if (!status && a->dsinks.data)

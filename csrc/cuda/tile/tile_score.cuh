@@ -153,11 +153,12 @@ struct fa_row_end {
     double lse;  /* natural log */
 };
 
-/* m: maximum score in units of log2; l: sum of 2^(s - m). A sink is one more key whose value is 0. */
-__device__ static fa_row_end fa_finish_row(const fa_args *a, int64_t n, int64_t h, float m, float l)
+/* m: maximum score in units of log2; l: sum of 2^(s - m); keep: 1 / (1 - dropout_p). A sink is one more key whose value
+ * is 0. */
+__device__ static fa_row_end fa_finish_row(const fa_args *a, int64_t n, int64_t h, float m, float l, float keep)
 {
     const double ln2 = 0.6931471805599453;
-    float keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0, top = m, shrink = 1;
+    float top = m, shrink = 1;
     if (a->sinks.data) {
         float sink = (float)(fa_per_head(&a->sinks, n, h) / ln2);
         top = sink > m || isnan(sink) ? sink : m;
@@ -172,6 +173,11 @@ __device__ static fa_row_end fa_finish_row(const fa_args *a, int64_t n, int64_t 
     if (top <= -FLT_MAX && !isnan(l)) /* where fa_mask_value cut it off */
         lse = -FLT_MAX;
     return {keep * shrink / l, lse};
+}
+
+__device__ static fa_row_end fa_finish_row(const fa_args *a, int64_t n, int64_t h, float m, float l)
+{
+    return fa_finish_row(a, n, h, m, l, a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0);
 }
 
 #endif

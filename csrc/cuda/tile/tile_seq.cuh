@@ -89,8 +89,8 @@ typedef struct fa_tile {
 __device__ static fa_tile fa_tile_of(const fa_tensor *cu, int64_t length, int64_t rows, int64_t slot)
 {
     if (!cu->data) {
-        int64_t tiles = fa_ceil_div(length, rows);
-        return {slot / tiles, slot % tiles * rows};
+        const uint32_t tiles = (uint32_t)fa_ceil_div(length, rows), at = (uint32_t)slot; /* 64 bits divide slowly */
+        return {at / tiles, at % tiles * rows};
     }
     int64_t lo = 0, hi = cu->size[0] - 1; /* the last n whose first number is at most slot */
     while (lo < hi) {
