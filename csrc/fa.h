@@ -252,6 +252,21 @@ fa_status fa_cuda_read(void *to, const void *from, size_t bytes, fa_error *err);
  * they count as its end, and nothing outside of the tensors is read or written. */
 fa_status fa_cuda_run(const fa_args *a, const fa_plan *plan, const fa_exec *exec, fa_error *err);
 
+/* A kernel that fa_cuda_run would start. */
+typedef struct fa_cuda_launch {
+    char name[256];       /* mangled */
+    int64_t blocks;
+    int threads;          /* of a block */
+    int shared_bytes;     /* of a block */
+    int registers;        /* of a thread */
+    int local_bytes;      /* of a thread: stack and spilled registers */
+    int resident_blocks;  /* that a multiprocessor holds at a time */
+} fa_cuda_launch;
+
+/* Lists the kernels in the order of their start, at most n, and returns how many there are, without starting any; -1 and
+ * err where that fails. The tensors need addresses, aligned as real ones are, but no memory. */
+int fa_cuda_launches(const fa_args *a, const fa_plan *plan, fa_cuda_launch *list, int n, fa_error *err);
+
 /* ---- what this machine and this build can do -------------------------------------------------------------------- */
 
 typedef enum fa_cpu_flags {

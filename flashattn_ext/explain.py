@@ -31,10 +31,16 @@ class Plan:
     workspace: int      # all scratch
     flops: float
     bytes: float        # every input read once and every output written once
+    launches: list      # on a GPU: the kernels in the order of their start, each a dict of its name, blocks, threads,
+                        # shared_bytes (of a block), registers, local_bytes (stack and spills of a thread) and
+                        # resident_blocks (that a multiprocessor holds)
     report: str = dataclasses.field(repr=False)
 
     def __str__(self):
-        return self.report
+        return self.report + "".join(
+            "launch     {name}: {blocks} blocks of {threads} threads, {resident_blocks} on a multiprocessor; {registers} "
+            "registers and {local_bytes} bytes of stack a thread, {shared_bytes} bytes of shared memory a block\n"
+            .format_map(launch) for launch in self.launches)
 
 
 def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False,

@@ -185,6 +185,17 @@ def test_explain_on_a_gpu():
     plan = fa.explain(torch.empty(2, 4, 300, 64, dtype=torch.bfloat16), *torch.empty(2, 2, 2, 300, 64).bfloat16(),
                       enable_gqa=True)
     assert plan.kernel in {k["name"] for k in fa.kernels() if k["usable"]} and "blocks of" in str(plan)
+    assert plan.launches and all(0 < x["registers"] <= 255 and x["blocks"] and x["resident_blocks"] and x["name"] in
+                                 str(plan) for x in plan.launches)
+
+
+@pytest.mark.parametrize("arch", ("plain", "sm80"), indirect=True)
+def test_explain_lists_every_kernel_of_a_backward(arch):
+    query, bias, sinks = torch.empty(2, 4, 300, 64).bfloat16(), torch.empty(2, 1, 300, 300), torch.empty(4)
+    given = [x.requires_grad_() for x in (query, query.clone(), query.clone(), bias, sinks)]
+    plan = fa.explain(*given[:4], sinks=sinks, backward=True)
+    names = [x["name"] for x in plan.launches]
+    assert len(names) == 5 and len(set(names)) == 5 and "fa_dsinks_kernel" in names
 
 
 # ---- few query rows --------------------------------------------------------------------------------------------------

@@ -137,6 +137,75 @@ fa_status fa_cuda_read(void *to, const void *from, size_t bytes, fa_error *err)
     return status ? status : fa_cuda_status(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy", err);
 }
 
+/* ---- the launches of a plan -------------------------------------------------------------------------------------- */
+
+static cudaError_t describe(cudaGraphNode_t node, fa_cuda_launch *l)
+{
+    cudaKernelNodeParams k;
+    cudaFuncAttributes f;
+    const char *name;
+    cudaError_t e = cudaGraphKernelNodeGetParams(node, &k);
+    if (e == cudaSuccess)
+        e = cudaFuncGetAttributes(&f, k.func);
+    if (e == cudaSuccess)
+        e = cudaFuncGetName(&name, k.func);
+    if (e == cudaSuccess)
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&l->resident_blocks, k.func, (int)k.blockDim.x,
+                                                          k.sharedMemBytes);
+    if (e != cudaSuccess)
+        return e;
+    snprintf(l->name, sizeof l->name, "%s", name);
+    l->blocks = (int64_t)k.gridDim.x * k.gridDim.y * k.gridDim.z;
+    l->threads = (int)k.blockDim.x;
+    l->shared_bytes = (int)(k.sharedMemBytes + f.sharedSizeBytes);
+    l->registers = f.numRegs;
+    l->local_bytes = (int)f.localSizeBytes;
+    return cudaSuccess;
+}
+
+/* Kernels among the nodes of a graph that was captured from one stream: those of a chain, in its order. */
+static cudaError_t describe_all(cudaGraph_t graph, fa_cuda_launch *list, int n, int *count)
+{
+    cudaGraphNode_t nodes[16];
+    size_t found = sizeof nodes / sizeof nodes[0];
+    cudaError_t e = cudaGraphGetNodes(graph, nodes, &found);
+    for (size_t i = 0; e == cudaSuccess && i < found; i++) {
+        cudaGraphNodeType type;
+        e = cudaGraphNodeGetType(nodes[i], &type);
+        if (e == cudaSuccess && type == cudaGraphNodeTypeKernel) {
+            if (*count < n)
+                e = describe(nodes[i], &list[*count]);
+            ++*count;
+        }
+    }
+    return e;
+}
+
+/* What a plan starts is found by capturing it: nothing runs, so that no address is ever followed. */
+int fa_cuda_launches(const fa_args *a, const fa_plan *plan, fa_cuda_launch *list, int n, fa_error *err)
+{
+    int count = 0;
+    const fa_status status = on_device(a->device, err, [&] {
+        cudaStream_t stream;
+        cudaGraph_t graph = NULL;
+        cudaError_t e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+        if (e != cudaSuccess)
+            return fa_cuda_status(e, "cudaStreamCreate", err);
+        e = cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
+        const fa_exec exec = {.workspace = (void *)256, .workspace_size = plan->workspace, .stream = stream};
+        fa_status launched = e == cudaSuccess ? fa_cuda_run(a, plan, &exec, err) : FA_OK;
+        if (e == cudaSuccess)
+            e = cudaStreamEndCapture(stream, &graph);
+        if (e == cudaSuccess)
+            e = describe_all(graph, list, n, &count);
+        if (graph)
+            cudaGraphDestroy(graph);
+        cudaStreamDestroy(stream);
+        return launched ? launched : fa_cuda_status(e, "the capture of a plan's launches", err);
+    });
+    return status ? -1 : count;
+}
+
 /* ---- the list of kernels ----------------------------------------------------------------------------------------- */
 
 int fa_cuda_kernels(fa_kernel_info *list, int n)

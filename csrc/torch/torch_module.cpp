@@ -5,10 +5,13 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -157,7 +160,7 @@ py::dict ceilings(std::optional<int> asked)
 // ---- plans ----------------------------------------------------------------------------------------------------------
 
 // The planner reads sizes, strides and dtypes, never data; but a tensor without an address would be absent.
-alignas(16) char somewhere[16];
+alignas(256) char somewhere[256]; // aligned as the memory of a GPU is
 
 fa_dtype dtype_named(const std::string &name)
 {
@@ -188,6 +191,42 @@ const char *kind_name(fa_kernel_kind kind)
     return "unknown";
 }
 
+// The name of a kernel without its arguments.
+std::string short_name(const char *mangled)
+{
+    int status = 0;
+    const std::unique_ptr<char, decltype(&std::free)> full(abi::__cxa_demangle(mangled, nullptr, nullptr, &status),
+                                                           std::free);
+    const std::string name = full ? full.get() : mangled;
+    const size_t start = name.rfind("void ", 0) == 0 ? 5 : 0;
+    return name.substr(start, name.find_first_of("<(", start) - start);
+}
+
+py::list launches_of(const fa_plan &p, const fa_args &a)
+{
+    py::list result;
+    if (!a.device_memory || a.device >= fa_cuda_devices())
+        return result;
+    std::array<fa_cuda_launch, 8> found;
+    fa_error err;
+    const int n = fa_cuda_launches(&a, &p, found.data(), static_cast<int>(found.size()), &err);
+    if (n < 0)
+        throw std::runtime_error(err.text);
+    for (int i = 0; i < std::min(n, static_cast<int>(found.size())); i++) {
+        const fa_cuda_launch &l = found[static_cast<size_t>(i)];
+        py::dict d;
+        d["name"] = short_name(l.name);
+        d["blocks"] = l.blocks;
+        d["threads"] = l.threads;
+        d["shared_bytes"] = l.shared_bytes;
+        d["registers"] = l.registers;
+        d["local_bytes"] = l.local_bytes;
+        d["resident_blocks"] = l.resident_blocks;
+        result.append(d);
+    }
+    return result;
+}
+
 py::dict dict_of(const fa_plan &p, const fa_args &a)
 {
     std::string report(static_cast<size_t>(fa_plan_print(&p, &a, nullptr, 0)) + 1, '\0');
@@ -210,6 +249,7 @@ py::dict dict_of(const fa_plan &p, const fa_args &a)
     d["bytes"] = p.bytes;
     d["why"] = std::string(p.why) + "; " + p.why_splits;
     d["report"] = report;
+    d["launches"] = launches_of(p, a);
     return d;
 }
 
