@@ -352,7 +352,7 @@ template <class C>
 __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, const float (&s)[C::BN / 2],
                                                uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &m)
 {
-    fa_softmax_block<typename C::T, C::BN, C::ALL>(s, w, r, p.plain.scale_log2);
+    fa_softmax_block<typename C::T, C::BN>(s, w, r, p.plain.scale_log2);
     if (C::ALL && p.what & FA_MOD_DROPOUT)
         fa_drop<C::BN>(w, m);
 }

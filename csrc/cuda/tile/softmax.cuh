@@ -31,7 +31,6 @@ __device__ __forceinline__ void fa_rows_start(fa_rows &r)
         r.l[i] = 0.f;
     }
     r.blind = true;
-    r.grown = false;
 }
 
 __device__ __forceinline__ float fa_quad_max(float x)
@@ -89,19 +88,18 @@ template <int BN> __device__ __forceinline__ void fa_raise_maximum(const float (
 }
 
 /* w becomes the weights of the block's keys, rounded to T, as the A operand of the product with V; r is brought up to
- * date. EAGER: after a block whose maximum was larger, the next one's is looked for at once, as ALiBi lets it grow from
- * block to block. */
-template <typename T, int BN, bool EAGER = false>
+ * date. */
+template <typename T, int BN>
 __device__ __forceinline__ void fa_softmax_block(const float (&s)[BN / 2], uint32_t (&w)[BN / 4], fa_rows &r, float c)
 {
     float sum[2];
-    bool raise = r.blind || (EAGER && r.grown);
     r.grown = false;
+    bool raise = r.blind;
     do {
         float base[2];
         if (raise) {
             fa_raise_maximum<BN>(s, r, c);
-            r.grown = !EAGER || __any_sync(0xffffffff, r.factor[0] != 1.f || r.factor[1] != 1.f);
+            r.grown = true;
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
