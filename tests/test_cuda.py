@@ -167,7 +167,7 @@ def test_packed_rows_on_hopper_are_right(arch, D, dtype):
 @on_hopper
 def test_options_have_kernels_of_their_own_on_hopper():
     shape = (2, 4, 2, 300, 300, 128, 128)
-    for options in (dict(softcap=2.0), dict(dropout_p=0.1), dict(mask_dtype="bool"), dict(has_sinks=True)):
+    for options in (dict(softcap=2.0), dict(dropout_p=0.1), dict(mask_dtype="bool"), dict(has_alibi=True)):
         plan = _C.plan("forward", "bfloat16", *shape, threads=1, device=0, **options)
         assert plan["kernel"] == "fa_fwd_sm90_bf16_hd128_mod"
 

@@ -45,6 +45,12 @@ extern "C" bool fa_fwd_sm90_can(const fa_args *a)
            readable(&a->out);
 }
 
+/* Does the call do something to its scores or weights? */
+static bool needs_all(const fa_args *a)
+{
+    return a->mask.data || a->alibi.data || a->softcap > 0 || a->dropout_p > 0 || a->scale <= 0;
+}
+
 static bool has_lengths(const fa_args *a)
 {
     return a->q_seqlens.data || a->kv_seqlens.data || a->cu_q.data;
@@ -223,7 +229,12 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a)
 #define FA_PICK(name) (a->q.dtype == FA_BF16 ? &fa_fwd_sm90_bf16_##name : &fa_fwd_sm90_f16_##name)
     int64_t D = a->q.size[3], DV = a->v.size[3];
     bool band = a->window_left >= 0 || a->window_right >= 0;
-    if (!fa_fwd_sm90_is_plain(a))
+    if (!fa_fwd_sm90_is_plain(a) && !needs_all(a))
+        return D <= 64 && DV <= 64     ? FA_PICK(hd64_len)
+               : D <= 128 && DV <= 128 ? FA_PICK(hd128_len)
+               : D <= 192 && DV <= 128 ? FA_PICK(hd192_dv128_len)
+                                       : FA_PICK(hd256_len);
+    if (needs_all(a))
         return D <= 64 && DV <= 64     ? FA_PICK(hd64_mod)
                : D <= 128 && DV <= 128 ? FA_PICK(hd128_mod)
                : D <= 192 && DV <= 128 ? FA_PICK(hd192_dv128_mod)

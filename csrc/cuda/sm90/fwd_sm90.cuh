@@ -23,18 +23,17 @@
 
 /* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
  * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
- * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. MOD:
- * all options, lengths and packed rows; else nothing but causal and windows. */
-template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_, bool MOD_>
+ * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. OPTIONS:
+ * FA_PLAIN, nothing but causal and windows; FA_LENGTHS, also lengths, packed rows and sinks; FA_ALL. */
+template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_, int OPTIONS_>
 struct fa_fwd_sm90_config {
-    static constexpr bool BESIDE = BESIDE_, MOD = MOD_;
+    static constexpr bool BESIDE = BESIDE_, MOD = OPTIONS_ != FA_PLAIN, ALL = OPTIONS_ == FA_ALL;
     using T = T_;
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
     static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
     static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32;
     static constexpr int CONSUMER_REGISTERS = WGS == 2 ? 240 : 160;
-    static_assert(!MOD || WGS == 2, "registers");
 };
 
 /* What only the instances with MOD have. */
@@ -43,7 +42,7 @@ template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
     using params = fa_fwd_sm90_params;
 };
 template <class C> struct fa_fwd_sm90_types<C, true> {
-    using shared = fa_mod_shared<C::STAGES, C::BM * C::BN * 2>;
+    using shared = fa_mod_shared<C::STAGES, C::ALL ? C::BM * C::BN * 2 : 16>;
     using params = fa_fwd_sm90_mod_params;
 };
 
@@ -329,7 +328,8 @@ __device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, f
                                               const fa_mod_tile &t, float (&s)[C::BN / 2], int row, int key,
                                               const fa_mod_block &m)
 {
-    fa_mod_scores<typename C::T, C::BN>(p, t, row, key, m, s);
+    if (C::ALL)
+        fa_mod_scores<typename C::T, C::BN>(p, t, row, key, m, s);
     bool all = key >= row + 63 + t.lo_shift && key + C::BN <= min(t.k_len, row + t.hi_shift) && row + 64 <= t.q_len;
     if (!__all_sync(0xffffffff, all))
         fa_hide_keys<C::BN, true>(s, row, key, t.k_len, t.lo_shift, t.hi_shift, t.q_len);
@@ -340,6 +340,8 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
                                                fa_consumer<C> &c, const fa_mod_tile &t, int row, int key, bool fresh,
                                                bool last, fa_mod_block &m)
 {
+    if constexpr (!C::ALL)
+        return;
     int own = (threadIdx.x / FA_WARP - 4) * (16 * C::BN * 2); /* this warp's part */
     m.mask = sh.mask[c.mask] + own;
     fa_mod_fetch<C::BN>(p, t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
@@ -351,7 +353,7 @@ __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, 
                                                uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &m)
 {
     fa_softmax_block<typename C::T, C::BN>(s, w, r, p.plain.scale_log2);
-    if (p.what & FA_MOD_DROPOUT)
+    if (C::ALL && p.what & FA_MOD_DROPOUT)
         fa_drop<C::BN>(w, m);
 }
 

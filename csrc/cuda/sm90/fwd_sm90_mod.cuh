@@ -389,11 +389,11 @@ __device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, co
         fa_fetch_kept<BN>(p, t, at, m);
 }
 
+/* Scores in units of log2: scale, softcap, float mask, ALiBi. */
 template <typename T, int BN>
-__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
-                                              const fa_mod_block &m, float (&s)[BN / 2])
+__device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                                const fa_mod_block &m, float (&s)[BN / 2])
 {
-    fa_mod_place at = fa_mod_place_of(row, key);
     float scale = p.scale; /* that is still to be applied */
     if (p.what & FA_MOD_CAP) {
         fa_softcap(s, p.scale, p.cap);
@@ -408,11 +408,19 @@ __device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, c
     }
     if (p.what & FA_MOD_ALIBI) {
         fa_add_alibi<BN>(s, t, at, scale);
-    } else if ((p.what & (FA_MOD_SCALED | FA_MOD_CAP | FA_MOD_BIAS)) == FA_MOD_SCALED) {
+    } else if (!(p.what & (FA_MOD_CAP | FA_MOD_BIAS))) {
 #pragma unroll
         for (int e = 0; e < BN / 2; e++)
             s[e] *= scale;
     }
+}
+
+template <typename T, int BN>
+__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+                                              const fa_mod_block &m, float (&s)[BN / 2])
+{
+    if (p.what & FA_MOD_SCALED)
+        fa_scale_scores<T, BN>(p, t, fa_mod_place_of(row, key), m, s);
     if (p.what & FA_MOD_BITS)
         fa_hide_unseen<BN>(s, m);
 }

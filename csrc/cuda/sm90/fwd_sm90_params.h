@@ -28,6 +28,9 @@ typedef struct fa_fwd_sm90_params {
     int32_t units;                   /* pieces of work of all heads */
 } fa_fwd_sm90_params;
 
+/* What an instance can do: nothing but causal and windows; also lengths, packed rows and sinks; all options. */
+enum { FA_PLAIN, FA_LENGTHS, FA_ALL };
+
 /* What a call does to its scores and weights besides causal and windows. */
 enum {
     FA_MOD_BITS = 1,     /* bool mask */

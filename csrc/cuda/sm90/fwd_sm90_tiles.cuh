@@ -117,6 +117,33 @@ __device__ __forceinline__ void fa_mod_fill_blind(const fa_fwd_sm90_mod_params &
         lse[row] = row < t.q_len && p.a.sinks.data ? t.sink * 0.693147180559945f : -INFINITY;
 }
 
+/* A bool mask that is the same for all queries of a head (padding) hides whole blocks: those at the ends are left out. All
+ * lanes read a part of its row. */
+template <int BN> __device__ __forceinline__ void fa_mod_narrow(const fa_fwd_sm90_mod_params &p, fa_mod_tile *t)
+{
+    const uint8_t *row = (const uint8_t *)p.a.mask.data + t->n * p.mask[0] + t->h * p.mask[1];
+    int first = INT32_MAX, last = -1, end = min(t->k_len, t->block_hi * BN);
+    for (int j = t->block_lo * BN + threadIdx.x % FA_WARP * 16; j < end; j += FA_WARP * 16) {
+        const uint4 w = *(const uint4 *)(row + j);
+        if (w.x | w.y | w.z | w.w) {
+            first = min(first, j);
+            last = j + 15;
+        }
+    }
+    first = __reduce_min_sync(0xffffffff, first);
+    last = __reduce_max_sync(0xffffffff, last);
+    __syncwarp();
+    if (threadIdx.x % FA_WARP == 0 && last >= 0) {
+        int hi = min(t->block_hi, last / BN + 1);
+        t->tail = hi < t->block_hi ? BN : t->tail;
+        t->block_lo = max(t->block_lo, first / BN);
+        t->block_hi = hi;
+    } else if (threadIdx.x % FA_WARP == 0) {
+        t->block_hi = t->block_lo;
+    }
+    __syncwarp();
+}
+
 /* Lane 0 writes the tile of this unit and part, if there is one, into the ring. */
 template <class C>
 __device__ __forceinline__ bool fa_mod_tile_at(const fa_fwd_sm90_mod_params &p, uint32_t unit, int part, fa_mod_tile *t)
@@ -128,6 +155,9 @@ __device__ __forceinline__ bool fa_mod_tile_at(const fa_fwd_sm90_mod_params &p, 
             fa_mod_tile_fill<C::BM, C::BN>(p, t);
     }
     __syncwarp();
+    const int padding = FA_MOD_BITS | FA_MOD_VECTORS;
+    if (C::ALL && (p.what & padding) == padding && p.mask[2] == 0 && __shfl_sync(0xffffffff, found, 0))
+        fa_mod_narrow<C::BN>(p, t);
     return __shfl_sync(0xffffffff, found, 0);
 }
 
