@@ -88,6 +88,8 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_bwd_sm90_
     constexpr int one = FA_WARPGROUP / FA_WARP, both = 2 * one; /* one arrival for each warp */
     fa_mbar_init(&s.bar[FA_BAR_K_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_V_FULL], 1);
+    fa_mbar_init(&s.bar[FA_BAR_BIAS_FULL], 1);
+    fa_mbar_init(&s.bar[FA_BAR_BIAS_EMPTY], C::SPLIT ? one : both);
     fa_mbar_init(&s.bar[FA_BAR_TURN], 1);
     s.signalled = 0;
 #pragma unroll
@@ -95,8 +97,6 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_bwd_sm90_
         fa_mbar_init(&s.bar[FA_BAR_Q_FULL + i], 1);
         fa_mbar_init(&s.bar[FA_BAR_DO_FULL + i], 1);
         fa_mbar_init(&s.bar[FA_BAR_EMPTY + i], both);
-        fa_mbar_init(&s.bar[FA_BAR_BIAS_FULL + i], 1);
-        fa_mbar_init(&s.bar[FA_BAR_BIAS_EMPTY + i], C::SPLIT ? one : both);
         fa_mbar_init(&s.bar[FA_BAR_DS_FULL + i], C::SPLIT ? one : both);
         fa_mbar_init(&s.bar[FA_BAR_DS_EMPTY + i], one);
         fa_mbar_init(&s.bar[FA_BAR_P_FULL + i], one);

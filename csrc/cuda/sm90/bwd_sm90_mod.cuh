@@ -143,32 +143,17 @@ __device__ __forceinline__ void fa_add_tile_f32(const unsigned char *tile, float
     }
 }
 
-/* Where the tile of step t lies: there are two stages where both have room. */
-struct fa_bias_stage {
-    int index, offset;
-    uint32_t parity;
-};
-
-template <class C> __device__ __forceinline__ fa_bias_stage fa_bias_stage_of(const fa_bwd_mod &mod, int t)
-{
-    int bytes = C::BM * C::BN * (mod.f32 ? 4 : 2);
-    if (2 * bytes > C::BIAS_BYTES)
-        return {0, 0, (uint32_t)t & 1};
-    return {fa_stage_of(t), fa_stage_of(t) * bytes, fa_parity_of(t)};
-}
-
 /* of step t, once it is there */
 template <class C>
 __device__ __forceinline__ void fa_take_tile(const fa_bwd_mod &mod, fa_bwd_sm90_shared<C> &sh, int t, int row,
                                              float (&s)[C::BM / 2])
 {
-    fa_bias_stage stage = fa_bias_stage_of<C>(mod, t);
-    fa_mbar_wait(&sh.bar[FA_BAR_BIAS_FULL + stage.index], stage.parity);
+    fa_mbar_wait(&sh.bar[FA_BAR_BIAS_FULL], t & 1);
     if (C::BM * C::BN * 4 <= C::BIAS_BYTES && mod.f32)
         fa_add_tile_f32<C>(sh.mod.bias, s, fa_place_of(row, 0));
     else
-        fa_add_tile<C>(sh.mod.bias + stage.offset, s, row + threadIdx.x / FA_WARP % 4 * 16);
-    fa_warp_arrive(&sh.bar[FA_BAR_BIAS_EMPTY + stage.index]);
+        fa_add_tile<C>(sh.mod.bias, s, row + threadIdx.x / FA_WARP % 4 * 16);
+    fa_warp_arrive(&sh.bar[FA_BAR_BIAS_EMPTY]);
 }
 
 /* ---- what is added, hidden or dropped ---------------------------------------------------------------------------- */
@@ -364,15 +349,13 @@ __device__ __forceinline__ void fa_load_bias(const fa_bwd_mod &mod, fa_bwd_sm90_
 {
     if (C::BIAS_BYTES == 0 || !(mod.options & FA_MOD_TILES))
         return;
-    fa_bias_stage stage = fa_bias_stage_of<C>(mod, at.t);
-    uint64_t *full = &s.bar[FA_BAR_BIAS_FULL + stage.index];
+    uint64_t *full = &s.bar[FA_BAR_BIAS_FULL];
     int columns = mod.f32 ? 32 : 64; /* of a panel */
-    fa_mbar_wait(&s.bar[FA_BAR_BIAS_EMPTY + stage.index], stage.parity ^ 1);
+    fa_mbar_wait(&s.bar[FA_BAR_BIAS_EMPTY], at.t & 1 ^ 1);
     fa_mbar_expect(full, C::BN / columns * C::BM * 128);
     for (int panel = 0; panel < C::BN / columns; panel++)
-        fa_tma_load_4d(s.mod.bias + stage.offset + panel * (C::BM * 128), &mod.mask_map, full,
-                       u.walk.n * C::BN + panel * columns, at.m * C::BM, at.head * mod.mask_steps[0],
-                       u.b * mod.mask_steps[1]);
+        fa_tma_load_4d(s.mod.bias + panel * (C::BM * 128), &mod.mask_map, full, u.walk.n * C::BN + panel * columns,
+                       at.m * C::BM, at.head * mod.mask_steps[0], u.b * mod.mask_steps[1]);
 }
 
 /* Bytes that fa_load_bits copies. */

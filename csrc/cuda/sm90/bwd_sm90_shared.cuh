@@ -50,8 +50,8 @@ enum fa_bwd_bar {
     FA_BAR_DS_EMPTY, FA_BAR_DS_EMPTY_1,
     FA_BAR_P_FULL, FA_BAR_P_FULL_1, /* SPLIT only */
     FA_BAR_P_EMPTY, FA_BAR_P_EMPTY_1,
-    FA_BAR_BIAS_FULL, FA_BAR_BIAS_FULL_1, /* MOD only; see fa_bias_stage_of */
-    FA_BAR_BIAS_EMPTY, FA_BAR_BIAS_EMPTY_1,
+    FA_BAR_BIAS_FULL, /* one stage, MOD only */
+    FA_BAR_BIAS_EMPTY,
     FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
     FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
     FA_BARS
