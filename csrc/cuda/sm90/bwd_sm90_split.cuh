@@ -55,7 +55,7 @@ __device__ __forceinline__ void fa_split_values(const fa_bwd_sm90_params &p, fa_
 {
     int stage = fa_stage_of(t);
     fa_mbar_wait(&sh.bar[FA_BAR_DO_FULL + stage], fa_parity_of(t));
-    if (p.wild && sh.wild[stage] && fa_hides<C>(p, sh, u, t, key0)) {
+    if (sh.wild[stage] && fa_hides<C>(p, sh, u, t, key0)) {
         fa_clean<typename C::T, C::BM * C::DV>(sh.dout[stage]);
         fa_publish();
     }
@@ -100,13 +100,17 @@ __device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, f
     uint32_t weights[C::BM / 4];
     fa_take_weights<C>(sh, t, weights);
     fa_wgmma_hold(dp);
-    if (C::MOD && (p.mod.options & FA_MOD_TWO_WEIGHTS))
+    bool hides = fa_hides<C>(p, sh, u, t, u.walk.n * C::BN);
+    if (C::MOD && (p.mod.options & FA_MOD_TWO_WEIGHTS)) {
         fa_signed_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)], p.mod.keep);
-    else
+        if (hides)
+            fa_clear_hidden<C>(dp, weights);
+    } else if (hides) {
+        fa_score_gradient<C, true>(dp, weights, sh.delta[fa_stage_of(t)]);
+    } else {
         fa_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)]);
+    }
     fa_warp_arrive(&sh.bar[FA_BAR_P_EMPTY + fa_stage_of(t)]);
-    if (p.wild && fa_hides<C>(p, sh, u, t, u.walk.n * C::BN))
-        fa_clear_hidden<C>(dp, weights);
 }
 
 /* dK of step t. */
@@ -116,7 +120,7 @@ __device__ __forceinline__ void fa_split_keys(const fa_bwd_sm90_params &p, fa_bw
                                               uint32_t (&ds)[C::BM / 4], fa_gradient<C::D> &dk)
 {
     int stage = fa_stage_of(t);
-    if (p.wild && sh.wild[stage] && fa_hides<C>(p, sh, u, t, u.walk.n * C::BN)) {
+    if (sh.wild[stage] && fa_hides<C>(p, sh, u, t, u.walk.n * C::BN)) {
         fa_mbar_wait(&sh.bar[FA_BAR_Q_FULL + stage], fa_parity_of(t));
         fa_clean<typename C::T, C::BM * C::D>(sh.q[stage]);
         fa_publish();

@@ -147,8 +147,9 @@ template <> __device__ __forceinline__ float2 fa_unpack<fa_f16_t>(uint32_t w)
     return make_float2(fa_widen(lo), fa_widen(hi));
 }
 
-/* dp becomes dS = P o (dP - delta); w: P, rounded; row: delta of the block's queries. */
-template <class C>
+/* dp becomes dS = P o (dP - delta); w: P, rounded; row: delta of the block's queries. HIDES: 0 where P is 0, whatever dP
+ * is (bwd_sm90_wild.cuh). */
+template <class C, bool HIDES = false>
 __device__ __forceinline__ void fa_score_gradient(float (&dp)[C::BM / 2], const uint32_t (&w)[C::BM / 4],
                                                   const float *row)
 {
@@ -159,8 +160,9 @@ __device__ __forceinline__ void fa_score_gradient(float (&dp)[C::BM / 2], const 
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float2 weight = fa_unpack<typename C::T>(w[2 * c + r]);
-            dp[4 * c + 2 * r] = weight.x * (dp[4 * c + 2 * r] - d.x);
-            dp[4 * c + 2 * r + 1] = weight.y * (dp[4 * c + 2 * r + 1] - d.y);
+            float &x = dp[4 * c + 2 * r], &y = dp[4 * c + 2 * r + 1];
+            x = HIDES && weight.x == 0.f ? 0.f : weight.x * (x - d.x);
+            y = HIDES && weight.y == 0.f ? 0.f : weight.y * (y - d.y);
         }
     }
 }
