@@ -52,8 +52,7 @@ static fa_sm80_tile tile_of(const fa_args *a, pass x)
 {
     const int dp = DIMS[fa_sm80_dim(a)];
     const bool f32 = a->q.dtype == FA_F32;
-    const bool mod = fa_sm80_is_mod(a) || !fa_has_plain(dp, f32, false);
-    return x == FORWARD_PASS ? fa_fwd_tile(dp, f32, mod) : fa_bwd_tile(dp, f32, x == KEYS_PASS);
+    return x == FORWARD_PASS ? fa_fwd_tile(dp, f32, fa_sm80_is_mod(a)) : fa_bwd_tile(dp, f32, x == KEYS_PASS);
 }
 
 static size_t mask_bytes(const fa_args *a, pass x)
@@ -197,7 +196,7 @@ static void plan_backward(const fa_args *a, int device, fa_plan *p)
 static int64_t dmask_blocks(const fa_args *a, fa_sm80_tile t)
 {
     const int64_t *m = a->mask.size;
-    return m[0] * m[1] * fa_ceil_div(m[2], fa_tile_rows(t)) * fa_ceil_div(m[3], t.cols);
+    return m[0] * m[1] * fa_ceil_div(m[2], fa_tile_rows(t)) * fa_ceil_div(m[3], FA_DMASK_TILES * t.cols);
 }
 
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
