@@ -23,12 +23,16 @@ struct fa_sm80_params {
     float keep;                 /* 1 / (1 - dropout_p); 0 where that is 1 */
 };
 
+/* Tiles of columns of a mask's gradient that a block sums. */
+enum { FA_DMASK_TILES = 4 };
+
 /* Tiles for head dimensions up to dp. Forward: warps of 16 mt query rows, `cols` keys. Backward: warps of 16 mt rows,
  * `cols` columns; da: the columns of a result that one block sums. */
 struct fa_sm80_tile {
     int dp, warps, mt, cols, da;
 };
 
+/* mod: not the plain kernel; masks need shared memory beside the tiles */
 constexpr fa_sm80_tile fa_fwd_tile(int dp, bool f32, bool mod)
 {
     return dp <= 64    ? fa_sm80_tile{64, 4, 2, 64, 64}
@@ -93,12 +97,6 @@ FA_SM80_DECLARE(bwd, f32)
 FA_SM80_DECLARE(bwd, tf32)
 FA_SM80_DECLARE(bwd, bf16)
 FA_SM80_DECLARE(bwd, f16)
-
-/* Are there plain kernels? Masks need shared memory beside the tiles, so that forward's of 256 are smaller with them. */
-constexpr bool fa_has_plain(int dp, bool f32, bool backward)
-{
-    return dp <= 128 || (dp == 256 && !f32 && !backward);
-}
 
 /* place of a call's head dimensions among these: 64, 128, 256, 512 */
 static inline int fa_sm80_dim(const fa_args *a)
@@ -195,6 +193,17 @@ template <int MT, int NA> __device__ __forceinline__ void fa_zero(float (&x)[MT]
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 x[m][n][e] = 0;
+}
+
+template <int MT, int NA> __device__ __forceinline__ void fa_add(float (&x)[MT][NA][4], const float (&y)[MT][NA][4])
+{
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NA; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                x[m][n][e] += y[m][n][e];
 }
 
 /* Does a sum hold NaN or infinity? */

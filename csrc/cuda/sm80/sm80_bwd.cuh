@@ -80,7 +80,8 @@ template <class C> struct fa_bwd_head {
 };
 
 template <class C>
-__device__ __forceinline__ fa_bwd_head<C> fa_bwd_head_of(const fa_sm80_params &p, const fa_seq *seq, int64_t h, int first)
+__device__ __forceinline__ fa_bwd_head<C> fa_bwd_head_of(const fa_sm80_params &p, const fa_seq *seq, int64_t h,
+                                                         int first)
 {
     const fa_args *a = &p.a;
     const int lane = threadIdx.x % 32, row = first + threadIdx.x / 32 * 16 * C::MT + lane / 4;
@@ -515,7 +516,7 @@ __device__ __forceinline__ void fa_bwd_sum_queries(typename C::sums &dq, const f
     using T = typename C::T;
     const fa_args *a = &p.a;
     const fa_seq seq = w.seq;
-    constexpr int NEXT = C::STAGES - 1;
+    constexpr int NEXT = C::STAGES - 1, LD = C::LDB / (int)sizeof(T);
     if (w.lo >= w.hi)
         return;
     const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, &seq, w.h, w.first);
@@ -539,8 +540,8 @@ __device__ __forceinline__ void fa_bwd_sum_queries(typename C::sums &dq, const f
         __syncthreads();
         typename C::product s, ds;
         fa_bwd_weights<C, true, SLOW>(s, ds, sh, stage, head, rows, j0, j0 < w.full_lo || j0 + C::CN > w.full_hi);
-        if (SLOW && fa_find_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), C::LDB / (int)sizeof(T), C::DP, sh.wild())) {
-            fa_clear_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), C::LDB / (int)sizeof(T), C::DP, sh.wild());
+        if (SLOW && fa_find_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), LD, C::DP, sh.wild())) {
+            fa_clear_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), LD, C::DP, sh.wild());
             __syncthreads(); /* queries that see such a key have dS of NaN */
         }
         fa_bwd_add<C>(dq, ds, sh, stage, 0, w.c0, a->q.size[3]);
@@ -608,7 +609,7 @@ __device__ static void fa_dmask_store(const fa_args *a, const typename C::produc
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < cols; j++)
                 total += sSum[(r * rows + i) * C::CN + c * cols + j];
-        const int64_t mi = all_i ? 0 : i0 + r, mj = all_j ? 0 : j0 + c;
+        const int64_t mi = all_i ? 0 : i0 + r, mj = all_j ? j0 : j0 + c;
         if (mi >= m->size[2] || mj >= m->size[3])
             continue;
         const int64_t at = mb * m->stride[0] + mh * m->stride[1] + mi * m->stride[2] + mj * m->stride[3];
@@ -625,8 +626,8 @@ __device__ __forceinline__ fa_range fa_extent(int64_t mask_size, int64_t full, i
     return mask_size == full ? fa_range{first, fa_min64(first + count, full)} : fa_range{0, full};
 }
 
-/* What a block of the mask's gradient sums: block = ((mb * H + mh) * row tiles + row tile) * column tiles + column tile,
- * in the mask's own sizes; not packed. */
+/* What a block of the mask's gradient sums: block = ((mb * H + mh) * row tiles + row tile) * groups of column tiles +
+ * group, in the mask's own sizes; not packed. */
 struct fa_dmask_work {
     int64_t mb, mh, mi, mj;
     fa_range bs, hs, is, js; /* batches, heads, queries, keys */
@@ -636,48 +637,61 @@ template <class C> __device__ static fa_dmask_work fa_dmask_work_of(const fa_arg
 {
     fa_dmask_work w;
     const int64_t *size = a->mask.size;
-    const int64_t col_tiles = fa_ceil_div(size[3], C::CN), row_tiles = fa_ceil_div(size[2], C::RM);
+    constexpr int COLUMNS = FA_DMASK_TILES * C::CN;
+    const int64_t col_tiles = fa_ceil_div(size[3], COLUMNS), row_tiles = fa_ceil_div(size[2], C::RM);
     int64_t id = blockIdx.x;
-    w.mj = id % col_tiles * C::CN, w.mi = id / col_tiles % row_tiles * C::RM;
+    w.mj = id % col_tiles * COLUMNS, w.mi = id / col_tiles % row_tiles * C::RM;
     id /= col_tiles * row_tiles;
     w.mh = id % size[1], w.mb = id / size[1];
     w.bs = fa_extent(size[0], a->q.size[0], w.mb, 1);
     w.hs = fa_extent(size[1], a->q.size[1], w.mh, 1);
     w.is = fa_extent(size[2], a->q.size[2], w.mi, C::RM);
-    w.js = fa_extent(size[3], a->k.size[2], w.mj, C::CN);
+    w.js = fa_extent(size[3], a->k.size[2], w.mj, COLUMNS);
     return w;
 }
 
-/* Adds dS of the keys js of one head and tile of queries. */
+/* Adds dS of the keys js of one head and tile of queries; sum: of FA_DMASK_TILES tiles of keys, or where the mask is
+ * broadcast along them, the first of all. */
 template <class C, bool SLOW>
-__device__ __forceinline__ void fa_dmask_add(typename C::product &sum, const fa_sm80_params &p, const fa_seq *seq,
-                                             int64_t h, int64_t i0, fa_range js, const fa_bwd_tiles<C> &sh)
+__device__ __forceinline__ void fa_dmask_add(typename C::product (&sum)[FA_DMASK_TILES], const fa_sm80_params &p,
+                                             const fa_seq *seq, int64_t h, int64_t i0, fa_range js,
+                                             const fa_bwd_tiles<C> &sh)
 {
     const fa_args *a = &p.a;
+    constexpr int NEXT = C::STAGES - 1;
     const fa_range keys = fa_keys_of_queries(&seq->span, i0, fa_min64(i0 + C::RM, seq->span.q_len) - 1);
+    const int lo = (int)(fa_max64(js.lo, keys.lo) / C::CN * C::CN), hi = (int)fa_min64(js.hi, keys.hi);
+    const bool broadcast = a->mask.size[3] != a->k.size[2];
+    if (lo >= hi)
+        return;
     const fa_bwd_key_source<C> from(a, seq, h / (a->q.size[1] / a->k.size[1]));
     const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, seq, h, i0);
     const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, seq, h, (int)i0);
+    int stage = 0;
+    if (NEXT)
+        fa_bwd_load_keys<C, SLOW>(sh, 0, p, seq, from, lo);
 #pragma unroll 1
-    for (int64_t j0 = js.lo; j0 < js.hi; j0 += C::CN) {
-        if (j0 + C::CN <= keys.lo || j0 >= keys.hi)
-            continue;
-        fa_bwd_load_keys<C, SLOW>(sh, 0, p, seq, from, (int)j0);
-        fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask(), head.f, p.mask_width, (int)j0);
+    for (int j0 = lo; j0 < hi; j0 += C::CN) {
+        fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask(), head.f, p.mask_width, j0);
         ptx_cp_async_commit();
-        ptx_cp_async_wait<0>();
+        if (!NEXT)
+            fa_bwd_load_keys<C, SLOW>(sh, 0, p, seq, from, j0);
+        else if (j0 + C::CN < hi)
+            fa_bwd_load_keys<C, SLOW>(sh, stage ^ 1, p, seq, from, j0 + C::CN);
+        else
+            ptx_cp_async_commit();
+        ptx_cp_async_wait<NEXT>();
         __syncthreads();
         const bool edges = !fa_all_visible(&seq->span, i0, i0 + C::RM - 1, j0, j0 + C::CN - 1);
         typename C::product s, ds;
-        fa_bwd_weights<C, false, true>(s, ds, sh, 0, head, rows, (int)j0, edges);
+        fa_bwd_weights<C, false, true>(s, ds, sh, stage, head, rows, j0, edges);
+        const int tile = broadcast ? 0 : (j0 - (int)js.lo) / C::CN;
 #pragma unroll
-        for (int m = 0; m < C::MT; m++)
-#pragma unroll
-            for (int n = 0; n < C::NT; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    sum[m][n][e] += ds[m][n][e];
+        for (int y = 0; y < FA_DMASK_TILES; y++)
+            if (y == tile)
+                fa_add(sum[y], ds);
         __syncthreads();
+        stage ^= NEXT;
     }
     ptx_cp_async_wait<0>();
     __syncthreads();
@@ -688,16 +702,20 @@ __device__ __forceinline__ void fa_dmask_sum(const fa_sm80_params &p, const fa_b
 {
     const fa_args *a = &p.a;
     const fa_dmask_work w = fa_dmask_work_of<C>(a);
-    typename C::product sum;
-    fa_zero(sum);
+    typename C::product sum[FA_DMASK_TILES];
+#pragma unroll
+    for (int y = 0; y < FA_DMASK_TILES; y++)
+        fa_zero(sum[y]);
     for (int64_t b = w.bs.lo; b < w.bs.hi; b++) {
         const fa_seq seq = fa_seq_at(a, b);
         for (int64_t h = w.hs.lo; h < w.hs.hi; h++)
             for (int64_t i0 = w.is.lo; i0 < fa_min64(w.is.hi, seq.span.q_len); i0 += C::RM)
                 fa_dmask_add<C, SLOW>(sum, p, &seq, h, i0, w.js, sh);
     }
-    fa_dmask_store<C>(a, sum, (float *)sh.smem, w.mb, w.mh, w.mi, w.mj, a->mask.size[2] != a->q.size[2],
-                      a->mask.size[3] != a->k.size[2]);
+#pragma unroll
+    for (int y = 0; y < FA_DMASK_TILES; y++)
+        fa_dmask_store<C>(a, sum[y], (float *)sh.smem, w.mb, w.mh, w.mi, w.mj + y * C::CN,
+                          a->mask.size[2] != a->q.size[2], a->mask.size[3] != a->k.size[2]);
 }
 
 template <class C> __device__ __noinline__ static void fa_dmask_slowly(const fa_sm80_params &p, char *smem)

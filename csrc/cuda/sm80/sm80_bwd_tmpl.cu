@@ -1,5 +1,5 @@
-/* Backward for one dtype and head dimension: FA_TYPE and FA_T name the dtype, as products take it, FA_DP is the dimension;
- * FA_VARIANT is _plain, or nothing for the kernels with all options, and FA_MOD says so. */
+/* Backward for one dtype and head dimension: FA_TYPE and FA_T name the dtype, as products take it, FA_DP is the
+ * dimension; FA_VARIANT is _plain, or nothing for the kernels with all options, and FA_MOD says so. */
 #include "sm80_bwd.cuh"
 
 #define FA_CAT_(op, type, dp, variant) fa_##op##_sm80_##type##_hd##dp##variant

@@ -1,6 +1,6 @@
 /* Forward: a block has BM query rows of one head and streams tiles of BN keys through the online softmax (Dao,
- * "FlashAttention-2", 2023). A warp owns 16 or 32 of the rows, so that maximum, sum and output of a row stay in one quad
- * of lanes; with 32 each operand that it reads from shared memory serves two products.
+ * "FlashAttention-2", 2023). A warp owns 16 or 32 of the rows, so that maximum, sum and output of a row stay in one
+ * quad of lanes; with 32 each operand that it reads from shared memory serves two products.
  *
  *   time ->          tile n                              tile n + 1
  *   copy of V, mask  [ V n ......... ]                   [ V n+1 .......
@@ -152,33 +152,8 @@ __device__ __forceinline__ void fa_fwd_load(typename C::T *sTile, const Tiles &t
                          fa_rows_k(&p.a, &w.seq, tiles.t, scale, w.hk, false), k0, w.seq.span.k_len, c0, WIDTH, true);
 }
 
-/* From scores to the sums: O += P V over the first WIDTH columns of V. 16 keys at a time, so that the exponentials of
- * some run beside the products of others; for float these take so long that registers count for more. */
-template <class C, bool SLOW, int WIDTH>
-__device__ __forceinline__ void fa_fwd_add(fa_fwd_rows<C::MT, C::NA> &r, float (&s)[C::MT][C::NT][4],
-                                           const float (&base)[2 * C::MT], const fa_sm80_scores &f, int k0,
-                                           const fa_fwd_tiles<C> &sh, uint32_t v)
-{
-    using kn = fa_kn<typename C::P, C::LDVB, C::MT, C::NT, C::NA>;
-    constexpr bool BESIDE = !SLOW && sizeof(typename C::T) == 2;
-#pragma unroll
-    for (int k = 0; k < C::NT / 2; k++) {
-        fa_fwd_weigh(s, r, base, f.c, k);
-        if (C::MOD && f.p.dropout)
-            fa_drop_weights(s, f, k0, k);
-        if (BESIDE)
-            kn::template step<WIDTH>(r.acc, s, k, v);
-    }
-    if (BESIDE)
-        return;
-    if (SLOW)
-        fa_fwd_wild<C>(s, r, sh.v);
-#pragma unroll
-    for (int k = 0; k < C::NT / 2; k++)
-        kn::template step<WIDTH>(r.acc, s, k, v);
-}
-
-/* All keys of the block: the time table above. SLOW: any strides and dtypes of k and v, and hidden keys may hold NaN. */
+/* All keys of the block: the time table above. SLOW: any strides and dtypes of k and v, and hidden keys may hold
+ * NaN. */
 template <class C, bool SLOW>
 __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const fa_sm80_params &p, const fa_fwd_work &w,
                                             const fa_fwd_tiles<C> &sh)
@@ -189,7 +164,8 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
     const uint32_t q = fa_lane_left<C::LDB>(ptx_shared(sh.q), row0), k = fa_lane_nk<C::LDB>(ptx_shared(sh.k));
     const uint32_t v = fa_lane_kn<T, C::LDVB>(ptx_shared(sh.v));
     const bool narrow = a->q.size[3] <= fa_fewer<T>(C::DP), narrow_v = a->v.size[3] - w.c0 <= fa_fewer<T>(C::DA);
-    const fa_sm80_scores f = fa_sm80_scores_of<C::MOD>(a, &w.seq, w.h, w.first + row0 + lane / 4, lane % 4 * (C::BN / 4));
+    const fa_sm80_scores f =
+        fa_sm80_scores_of<C::MOD>(a, &w.seq, w.h, w.first + row0 + lane / 4, lane % 4 * (C::BN / 4));
     const fa_row_tiles<T, C::BN, C::THREADS, C::DP> keys(a, &a->k, fa_first_key_at(a, &w.seq, &a->k, w.hk),
                                                              w.seq.n, 0);
     const fa_row_tiles<T, C::BN, C::THREADS, C::DA> values(a, &a->v, fa_first_key_at(a, &w.seq, &a->v, w.hk),
@@ -214,12 +190,12 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
             fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, k0 + C::BN);
         ptx_cp_async_commit();
         fa_sm80_score<T, C::MOD, false, C::THREADS>(s, s, f, sh.mask, k0, k0 < w.full_lo || k0 + C::BN > w.full_hi);
-        float base[2 * C::MT];
-        fa_fwd_maxima(s, r, base, f.c);
-        if (narrow_v && !SLOW)
-            fa_fwd_add<C, SLOW, fa_fewer<T>(C::DA)>(r, s, base, f, k0, sh, v);
-        else
-            fa_fwd_add<C, SLOW, C::DA>(r, s, base, f, k0, sh, v);
+        fa_fwd_softmax(s, r, f.c);
+        if (C::MOD && f.p.dropout)
+            fa_drop_weights(s, f, k0);
+        if (SLOW)
+            fa_fwd_wild<C>(s, r, sh.v);
+        fa_product_kn<typename C::P, C::LDVB>(r.acc, s, v, narrow_v);
         ptx_cp_async_wait<0>();
         __syncthreads();
     }

@@ -52,8 +52,7 @@ static fa_sm80_tile tile_of(const fa_args *a, pass x)
 {
     const int dp = DIMS[fa_sm80_dim(a)];
     const bool f32 = a->q.dtype == FA_F32;
-    const bool mod = fa_sm80_is_mod(a) || !fa_has_plain(dp, f32, false);
-    return x == FORWARD_PASS ? fa_fwd_tile(dp, f32, mod) : fa_bwd_tile(dp, f32, x == KEYS_PASS);
+    return x == FORWARD_PASS ? fa_fwd_tile(dp, f32, fa_sm80_is_mod(a)) : fa_bwd_tile(dp, f32, x == KEYS_PASS);
 }
 
 static size_t mask_bytes(const fa_args *a, pass x)
@@ -207,7 +206,8 @@ fa_status fa_dmask_sm80_launch(const fa_args *a, const fa_bwd_row_numbers *r, cu
 {
     const fa_sm80_tile t = tile_of(a, QUERIES_PASS);
     const int64_t *m = a->mask.size;
-    const int64_t blocks = m[0] * m[1] * fa_ceil_div(m[2], fa_tile_rows(t)) * fa_ceil_div(m[3], t.cols);
+    const int64_t blocks = m[0] * m[1] * fa_ceil_div(m[2], fa_tile_rows(t)) *
+                           fa_ceil_div(m[3], FA_DMASK_TILES * t.cols);
     return start(entry_of(BACKWARD, a), FA_PASS_DMASK, backward_params(a, QUERIES_PASS, r), blocks, stream, err);
 }
 

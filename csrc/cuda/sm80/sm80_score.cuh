@@ -63,7 +63,8 @@ template <int SIZE, int MT, int KEYS, int THREADS> struct fa_mask_rows {
             const int i = f.row + 8 * x;
 #pragma unroll 1
             for (int y = 0; y < KEYS; y++) {
-                char *to = sMask + (x * WORDS + y * SIZE / WORD) * THREADS * WORD + threadIdx.x * WORD + y * SIZE % WORD;
+                const int word = (x * WORDS + y * SIZE / WORD) * THREADS + threadIdx.x;
+                char *to = sMask + word * WORD + y * SIZE % WORD;
                 const int j = first + y - f.p.mask_first;
                 const bool exists = i < f.p.q_len && first + y < f.p.k_len && j >= 0;
                 const char *from = f.p.mask + (exists ? i * f.p.mask_q + j * f.p.mask_k : 0) * SIZE;
@@ -282,19 +283,21 @@ __device__ __forceinline__ void fa_sm80_score(float (&s)[MT][NT][4], float (&slo
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
 
-/* w <- 0 where dropout drops; of 16 keys, the k-th of the tile */
+/* w <- 0 where dropout drops */
 template <int MT, int NT>
-__device__ __forceinline__ void fa_drop_weights(float (&w)[MT][NT][4], const fa_sm80_scores &f, int k0, int k)
+__device__ __forceinline__ void fa_drop_weights(float (&w)[MT][NT][4], const fa_sm80_scores &f, int k0)
 {
-    const uint32_t key = (uint32_t)(k0 + f.column + 4 * k);
 #pragma unroll
-    for (int x = 0; x < 2 * MT; x++) {
-        const fa_philox4 r = fa_philox(f.p.seed, key >> 2, (uint32_t)(f.row + 8 * x), f.p.bh, 0);
+    for (int x = 0; x < 2 * MT; x++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (r.word[i] < f.p.threshold)
-                w[x / 2][2 * k + i / 2][x % 2 * 2 + i % 2] = 0;
-    }
+        for (int n = 0; n < NT; n += 2) {
+            const uint32_t key = (uint32_t)(k0 + f.column + 2 * n);
+            const fa_philox4 r = fa_philox(f.p.seed, key >> 2, (uint32_t)(f.row + 8 * x), f.p.bh, 0);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (r.word[i] < f.p.threshold)
+                    w[x / 2][n + i / 2][x % 2 * 2 + i % 2] = 0;
+        }
 }
 
 #endif

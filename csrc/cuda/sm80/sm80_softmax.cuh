@@ -73,16 +73,17 @@ __device__ __forceinline__ void fa_fwd_maxima(float (&s)[MT][NT][4], fa_fwd_rows
         }
 }
 
-/* s <- weights of 16 keys, the k-th of the tile */
+/* s <- weights */
 template <int MT, int NT, int NA>
-__device__ __forceinline__ void fa_fwd_weigh(float (&s)[MT][NT][4], fa_fwd_rows<MT, NA> &r,
-                                             const float (&base)[2 * MT], float c, int k)
+__device__ __forceinline__ void fa_fwd_softmax(float (&s)[MT][NT][4], fa_fwd_rows<MT, NA> &r, float c)
 {
+    float base[2 * MT];
+    fa_fwd_maxima(s, r, base, c);
 #pragma unroll
     for (int x = 0; x < 2 * MT; x++)
 #pragma unroll
-        for (int y = 0; y < 4; y++) {
-            float &at = s[x / 2][2 * k + y / 2][x % 2 * 2 + y % 2];
+        for (int y = 0; y < 2 * NT; y++) {
+            float &at = s[x / 2][y / 2][x % 2 * 2 + y % 2];
             at = ptx_exp2(fmaf(at, c, base[x]));
             r.sum[x / 2][x % 2] += at;
         }

@@ -140,7 +140,7 @@ __device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_row
     }
 }
 
-/* ---- tile after tile ---------------------------------------------------------------------------------------------- */
+/* ---- tile after tile --------------------------------------------------------------------------------------------- */
 
 /* Vectors of rows, WIDTH columns of them, into tiles of ROWS in the order of fa_key_at. What is the same for
  * all tiles is worked out once: a copy costs one multiply-add. */

@@ -10,7 +10,7 @@
 #ifndef FA_TILE_PRODUCT_CUH
 #define FA_TILE_PRODUCT_CUH
 
-#include "../ptx/ptx_sm80.cuh"
+#include "tile_mma.cuh"
 
 /* In place of float: its products are rounded to tf32. fa_stored: how tensors hold what products take. */
 struct fa_tf32 {};
@@ -31,17 +31,6 @@ template <typename T> __host__ __device__ constexpr int fa_row_bytes(int width)
 template <typename T> __host__ __device__ constexpr int fa_fewer(int width)
 {
     return sizeof(T) == 4 ? width * 3 / 4 / 32 * 32 : width * 3 / 4;
-}
-
-__device__ __forceinline__ uint32_t fa_pack(float x, float y, __nv_bfloat16)
-{
-    __nv_bfloat162 p = __floats2bfloat162_rn(x, y);
-    return *(uint32_t *)&p;
-}
-__device__ __forceinline__ uint32_t fa_pack(float x, float y, __half)
-{
-    __half2 p = __floats2half2_rn(x, y);
-    return *(uint32_t *)&p;
 }
 
 /* ---- where a lane's part lies ------------------------------------------------------------------------------------ */
@@ -111,8 +100,8 @@ template <typename T, int WIDTH, int MT, int NT> struct fa_nk {
         }
     }
 
-    /* two of them, c from left and right and d behind `left_d` and `right_d` bytes, in turns: twice as many sums, of which
-     * none waits for another */
+    /* two of them, c from left and right and d behind `left_d` and `right_d` bytes, in turns: twice as many sums, of
+     * which none waits for another */
     static __device__ __forceinline__ void run_two(float (&c)[MT][NT][4], float (&d)[MT][NT][4], uint32_t left,
                                                    uint32_t right, int left_d, int right_d, bool narrow)
     {
