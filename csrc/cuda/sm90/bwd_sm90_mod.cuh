@@ -54,11 +54,6 @@ __device__ __forceinline__ float fa_bias_of(float x)
     return fmaxf(x * FA_LOG2E, -FLT_MAX);
 }
 
-__device__ __forceinline__ float fa_widen(float x)
-{
-    return x;
-}
-
 /* E: element of the mask, read in place, 16 loads at a time; what lies outside is read from the last row or column, and
  * hidden. Neighbouring lanes have neighbouring keys. */
 template <class C, typename E>
