@@ -102,11 +102,13 @@ def check(name, got, ref, peers, dtype, least=0.0):
                                  f"reference {b!r}")
 
 
-def unchanged(name, got, clean, why="NaN in what is hidden"):
+def unchanged(name, got, clean, why="NaN in what is hidden", dtype=None):
     """Asserts that got is clean, bit for bit. On a GPU the kernels of bfloat16 and float16 compute rows that a hidden NaN
-    has spoilt once more, in another order: there a few units in the last place of the largest value are forgiven."""
-    if got.is_cuda and got.dtype in (torch.float16, torch.bfloat16):
-        eps = torch.finfo(got.dtype).eps
+    has spoilt once more, in another order, and other strides can choose another kernel: there a few units in the last
+    place of the largest value are forgiven. dtype: of the inputs, where it is not got's."""
+    dtype = dtype or got.dtype
+    if got.is_cuda and dtype in (torch.float16, torch.bfloat16):
+        eps = torch.finfo(dtype).eps
         torch.testing.assert_close(got, clean, rtol=4 * eps, atol=4 * eps * size_of(clean),
                                    msg=lambda text: f"{name} changed with {why}: {text}")
     else:

@@ -74,7 +74,7 @@ HOPPER = [
       for option in ("mask_full", "mask_2d", "mask_key", "mask_query", "bias_full", "bias_head", "bias_key", "bias_query",
                      "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout", "scale_zero",
                      "scale_negative")),
-    Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("mask_strided", "sinks_same", "causal")),
+    Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("mask_strided", "sinks_same")),
     Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("bias_strided", "alibi", "window_left")),
     Case(B=2, HQ=4, HK=2, SQ=300, SK=320, D=192, DV=128, options=("mask_key", "dropout", "softcap")),
     Case(B=3, HQ=4, HK=2, SQ=190, SK=352, D=128, options=("bias_batch", "alibi_batch", "softcap", "sinks", "kv_lengths",
