@@ -189,14 +189,6 @@ __device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 6
     }
 }
 
-/* Queries at and past `end` see nothing; their rows may hold anything. */
-template <class C> __device__ __forceinline__ void fa_hide_past(float (&s)[C::BM / 2], int query, int end)
-{
-#pragma unroll
-    for (int i = 0; i < C::BM / 2; i++)
-        s[i] = query + i / 4 * 8 + i % 2 < end ? s[i] : -CUDART_INF_F;
-}
-
 /* Which weights dropout keeps. One evaluation of Philox serves four neighbouring keys, which four lanes hold: each of
  * them evaluates for every fourth group of 8 queries. Bit 4 (4 c + 2 r + x) of kept[half][lane]: query 8 (4 c + lane) +
  * x, key 8 r. */
@@ -259,8 +251,6 @@ __device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, fa_b
         fa_hide_by_bits<C>(sh.mod.bits[stage], at.key - u.walk.n * C::BN, mod.bits_key, s);
     if (!fa_all_seen<C>(u.band, key0, query0))
         fa_hide<C>(u.band, s, at);
-    if (query0 + C::BM > u.band.SQ)
-        fa_hide_past<C>(s, at.query, u.band.SQ);
     fa_exponentials<C>(s);
 }
 

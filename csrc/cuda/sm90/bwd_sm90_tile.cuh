@@ -68,10 +68,12 @@ __device__ __forceinline__ fa_place fa_place_of(int key0, int query0)
     return at;
 }
 
-/* Is each of 64 keys from key0 on seen by each of BM queries from query0 on? */
+/* Is each of 64 keys from key0 on seen by each of BM queries from query0 on? Queries behind the last see nothing: their
+ * scores are 0 times K, which is NaN where K is. */
 template <class C> __device__ __forceinline__ bool fa_all_seen(const fa_bwd_band &band, int key0, int query0)
 {
-    return key0 + 64 <= band.SK && key0 >= query0 + C::BM - 1 + band.lo_shift && key0 + 63 < query0 + band.hi_shift;
+    return key0 + 64 <= band.SK && query0 + C::BM <= band.SQ && key0 >= query0 + C::BM - 1 + band.lo_shift &&
+           key0 + 63 < query0 + band.hi_shift;
 }
 
 /* Scores that are hidden become -inf (after the multiplication by scale, which may be negative). */
@@ -81,7 +83,8 @@ __device__ __forceinline__ void fa_hide(const fa_bwd_band &band, float (&s)[C::B
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int key = at.key + 8 * r;
-        int lo = key < band.SK ? key - band.hi_shift + 1 - at.query : INT32_MAX, hi = key - band.lo_shift - at.query;
+        int lo = key < band.SK ? key - band.hi_shift + 1 - at.query : INT32_MAX;
+        int hi = min(key - band.lo_shift, band.SQ - 1) - at.query;
 #pragma unroll
         for (int c = 0; c < C::BM / 8; c++) {
 #pragma unroll
