@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from . import _C
-from .sdpa import check_scalars, check_tensors, normalise
+from .sdpa import allows_tf32, check_scalars, check_tensors, normalise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
         q.shape[3], v.shape[3], window_left=left, window_right=right, bottom_right=bottom_right, softcap=float(softcap),
         dropout_p=float(dropout_p), mask_dtype=None if mask is None else _name(mask.dtype),
         mask_shape=None if mask is None else list(mask.shape), has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None, needs=needs or 7, threads=torch.get_num_threads(),
+        has_alibi=alibi_slopes is not None, allow_tf32=allows_tf32(query), needs=needs or 7, threads=torch.get_num_threads(),
         device=query.device.index if query.device.type == "cuda" else -1))
     print(plan)
     return plan

@@ -121,7 +121,7 @@ def test_every_option_of_hopper_s_backward(options, D):
 
 @on_hopper
 def test_hopper_s_backward_is_the_default():
-    """For all but packed sequences, pages, and rows that are not whole 16 bytes."""
+    """For all but rows that are not whole 16 bytes and float32."""
     for options in (dict(), dict(window_right=0), dict(softcap=2.0), dict(dropout_p=0.1), dict(has_alibi=True),
                     dict(has_sinks=True), dict(mask_dtype="bool"), dict(mask_dtype="float32")):
         plan = _C.plan("backward", "bfloat16", 2, 4, 2, 300, 300, 64, 64, threads=1, device=0, **options)

@@ -48,7 +48,7 @@ def refused(error, *words):
 
 
 def close(got, want, dtype=torch.float32):
-    bars = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+    bars = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=bars[dtype])
 
 

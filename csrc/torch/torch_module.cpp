@@ -264,8 +264,8 @@ void check(fa_status status, const fa_error &err)
 py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_t HQ, int64_t HK, int64_t SQ,
               int64_t SK, int64_t D, int64_t DV, int64_t window_left, int64_t window_right, bool bottom_right,
               double softcap, double dropout_p, const std::optional<std::string> &mask_dtype,
-              const std::optional<std::array<int64_t, 4>> &mask_shape, bool has_sinks, bool has_alibi, int64_t needs,
-              int threads, int device)
+              const std::optional<std::array<int64_t, 4>> &mask_shape, bool has_sinks, bool has_alibi, bool allow_tf32,
+              int64_t needs, int threads, int device)
 {
     if (op != "forward" && op != "backward")
         throw py::value_error("op is '" + op + "': it must be forward or backward");
@@ -292,6 +292,7 @@ py::dict plan(const std::string &op, const std::string &dtype, int64_t B, int64_
     a.window_right = window_right;
     a.bottom_right = bottom_right;
     a.dropout_p = dropout_p;
+    a.allow_tf32 = allow_tf32;
     a.out = dense(B, HQ, SQ, DV, t);
     a.lse = dense(B, HQ, SQ, 1, lse);
     fa_error err;
@@ -344,5 +345,5 @@ PYBIND11_MODULE(_C, m)
           "op"_a, "dtype"_a, "B"_a, "HQ"_a, "HK"_a, "SQ"_a, "SK"_a, "D"_a, "DV"_a, py::kw_only(), "window_left"_a = -1,
           "window_right"_a = -1, "bottom_right"_a = false, "softcap"_a = 0.0, "dropout_p"_a = 0.0,
           "mask_dtype"_a = py::none(), "mask_shape"_a = py::none(), "has_sinks"_a = false, "has_alibi"_a = false,
-          "needs"_a = 7, "threads"_a, "device"_a = -1);
+          "allow_tf32"_a = false, "needs"_a = 7, "threads"_a, "device"_a = -1);
 }

@@ -28,12 +28,4 @@ __device__ __forceinline__ void fa_bar_arrive(int id, int threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* True in one lane of a converged warp. */
-__device__ __forceinline__ bool fa_elect(void)
-{
-    uint32_t yes;
-    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(yes));
-    return yes != 0;
-}
-
 #endif

@@ -134,12 +134,6 @@ __device__ __forceinline__ fa_load_rows fa_rows_k(const fa_args *a, const fa_seq
     return {a, s, t, scale->data ? scale : NULL, head, true, vectors, NULL};
 }
 
-/* elements of a row in steps of the products */
-__device__ __forceinline__ int fa_steps(int64_t d)
-{
-    return (int)((d + 15) / 16 * 16);
-}
-
 /* element of row 0 of head h of k or v, or of page 0 */
 __device__ __forceinline__ int64_t fa_first_key_at(const fa_args *a, const fa_seq *s, const fa_tensor *t, int64_t h)
 {

@@ -170,30 +170,6 @@ __device__ __forceinline__ void fa_mma(float c0[4], float c1[4], const fa_frag_a
 
 /* ---- products of tiles ------------------------------------------------------------------------------------------- */
 
-/* C = R B^T: rows row0 .. +15 of sR [row][k] with the 8 NT rows of sB [n][k], over `width`
- * columns (a multiple of 16) */
-template <typename T, int NT>
-__device__ __forceinline__ void fa_product_nk(float (&c)[NT][4], const T *sR, int r_ld, int row0, const T *sB, int b_ld,
-                                              int width)
-{
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            c[n][i] = 0;
-#pragma unroll 4
-    for (int k = 0; k < width; k += 16) {
-        fa_frag_a<T> a;
-        fa_load_a(a, sR, r_ld, row0, k);
-#pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-            fa_frag_b<T> b;
-            fa_load_b_nk(b, sB, b_ld, n * 8, k);
-            fa_mma(c[n], c[n + 1], a, b);
-        }
-    }
-}
-
 /* acc (16 x 8 NA) += W X: W the results of a tile (16 x 8 NT), X its 8 NT rows in shared memory, stored
  * [row][column] */
 template <typename T, int NT, int NA>
