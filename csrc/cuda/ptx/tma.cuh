@@ -46,4 +46,24 @@ __device__ __forceinline__ void fa_tma_load_4d(void *to, const CUtensorMap *map,
                  : "memory");
 }
 
+/* The other way; what lies outside the tensor is left out. `from`: address in the shared window. Committed in groups. */
+__device__ __forceinline__ void fa_tma_store_4d(const CUtensorMap *map, uint32_t from, int32_t x0, int32_t x1,
+                                                int32_t x2, int32_t x3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+                 "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+}
+
+__device__ __forceinline__ void fa_bulk_commit(void)
+{
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/* Until all groups of this thread have read what they store. */
+__device__ __forceinline__ void fa_bulk_wait_read(void)
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 #endif

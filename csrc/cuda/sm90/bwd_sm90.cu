@@ -9,12 +9,18 @@
 /* X(head dimensions), the narrowest first. */
 #define FA_BWD_SM90_DIMS(X) X(hd64) X(hd128) X(hd192_dv128) X(hd256)
 
-enum { FA_BWD_DIMS = 4 };
+#define FA_TILED_SM90_DIMS(X) X(hd128)
+
+enum { FA_BWD_DIMS = 4, FA_TILED_DIMS = 1 };
 
 #define FA_DECLARE(dims)                                                                                               \
     extern "C" const fa_sm90_instance fa_bwd_sm90_bf16_##dims, fa_bwd_sm90_f16_##dims, fa_bwd_sm90_bf16_##dims##_mod,  \
         fa_bwd_sm90_f16_##dims##_mod, fa_dmask_sm90_bf16_##dims, fa_dmask_sm90_f16_##dims;
 FA_BWD_SM90_DIMS(FA_DECLARE)
+
+#define FA_DECLARE_TILED(dims)                                                                                         \
+    extern "C" const fa_sm90_instance fa_bwd_sm90_bf16_##dims##_tiled, fa_bwd_sm90_f16_##dims##_tiled;
+FA_TILED_SM90_DIMS(FA_DECLARE_TILED)
 
 #define FA_BF16_PLAIN(dims) &fa_bwd_sm90_bf16_##dims,
 #define FA_F16_PLAIN(dims) &fa_bwd_sm90_f16_##dims,
@@ -22,6 +28,8 @@ FA_BWD_SM90_DIMS(FA_DECLARE)
 #define FA_F16_MOD(dims) &fa_bwd_sm90_f16_##dims##_mod,
 #define FA_BF16_DMASK(dims) &fa_dmask_sm90_bf16_##dims,
 #define FA_F16_DMASK(dims) &fa_dmask_sm90_f16_##dims,
+#define FA_BF16_TILED(dims) &fa_bwd_sm90_bf16_##dims##_tiled,
+#define FA_F16_TILED(dims) &fa_bwd_sm90_f16_##dims##_tiled,
 
 enum { FA_KIND_PLAIN, FA_KIND_MOD, FA_KIND_DMASK, FA_KINDS };
 
@@ -31,15 +39,46 @@ static const fa_sm90_instance *const INSTANCES[FA_KINDS][2][FA_BWD_DIMS] = {
     {{FA_BWD_SM90_DIMS(FA_BF16_DMASK)}, {FA_BWD_SM90_DIMS(FA_F16_DMASK)}},
 };
 
+/* For a float mask whose tiles can be copied, and no other option. */
+static const fa_sm90_instance *const TILED[2][FA_TILED_DIMS] = {{FA_TILED_SM90_DIMS(FA_BF16_TILED)},
+                                                                {FA_TILED_SM90_DIMS(FA_F16_TILED)}};
+
 extern "C" const fa_sm90_instance *fa_bwd_sm90_instance_at(int i)
 {
-    return i < FA_KINDS * 2 * FA_BWD_DIMS ? INSTANCES[0][0][i] : NULL;
+    const int n = FA_KINDS * 2 * FA_BWD_DIMS;
+    return i < n ? INSTANCES[0][0][i] : i < n + 2 * FA_TILED_DIMS ? TILED[0][i - n] : NULL;
+}
+
+static bool is_broadcast(const fa_tensor *t, int dim)
+{
+    return t->size[dim] == 1 || t->stride[dim] == 0;
 }
 
 static bool needs_mod(const fa_args *a)
 {
     return a->mask.data || a->alibi.data || a->q_seqlens.data || a->kv_seqlens.data || a->softcap > 0 ||
            a->dropout_p > 0 || a->by_sequence;
+}
+
+/* Can tiles of the float mask be copied to shared memory? There they share their place with the weights that softcap
+ * and dropout need (bwd_sm90_pair.cuh). */
+static bool has_tiles(const fa_args *a, const fa_sm90_instance *f)
+{
+    const fa_tensor *m = &a->mask;
+    int64_t width = m->dtype == FA_F32 ? 4 : 2, room = f->BN == 128 ? 32768 : f->D <= 192 ? 16384 : 0;
+    bool ok = m->data && m->dtype != FA_BOOL && f->BM * f->BN * width <= room && (uintptr_t)m->data % 16 == 0 &&
+              (f->BN == 64 || (a->softcap == 0 && a->dropout_p == 0));
+    for (int i = 0; i < 3; i++)
+        ok = ok && (m->size[i] <= 1 || (m->stride[i] >= 0 && m->stride[i] * width % 16 == 0 &&
+                                        m->stride[i] < (int64_t)1 << 38));
+    return ok && !is_broadcast(m, 2) && m->size[3] > 1 && m->stride[3] == 1;
+}
+
+static bool only_a_mask(const fa_args *a)
+{
+    fa_args without = *a;
+    without.mask.data = NULL;
+    return a->mask.data && !needs_mod(&without);
 }
 
 /* The narrowest that holds the head dimensions. */
@@ -55,9 +94,22 @@ static const fa_sm90_instance *instance_for(const fa_args *a, int kind)
     return NULL;
 }
 
+/* NULL: none for this call. */
+static const fa_sm90_instance *tiled_for(const fa_args *a)
+{
+    const fa_sm90_instance *f = instance_for(a, FA_KIND_MOD), *const *tiled = TILED[a->q.dtype == FA_F16];
+    if (!f || !only_a_mask(a) || !has_tiles(a, f))
+        return NULL;
+    for (int i = 0; i < FA_TILED_DIMS; i++)
+        if (tiled[i]->D == f->D && tiled[i]->DV == f->DV)
+            return tiled[i];
+    return NULL;
+}
+
 extern "C" const fa_sm90_instance *fa_bwd_sm90_choose(const fa_args *a)
 {
-    return instance_for(a, needs_mod(a) ? FA_KIND_MOD : FA_KIND_PLAIN);
+    const fa_sm90_instance *tiled = tiled_for(a);
+    return tiled ? tiled : instance_for(a, needs_mod(a) ? FA_KIND_MOD : FA_KIND_PLAIN);
 }
 
 /* ---- what it can do ---------------------------------------------------------------------------------------------- */
@@ -112,11 +164,6 @@ static size_t align_256(size_t bytes)
 static int64_t blocks_of(int64_t rows, int block)
 {
     return (rows + block - 1) / block;
-}
-
-static bool is_broadcast(const fa_tensor *t, int dim)
-{
-    return t->size[dim] == 1 || t->stride[dim] == 0;
 }
 
 /* Words of a bool mask along each dimension (bwd_sm90_params.h). One key takes two, for copies of 16 bytes. */
@@ -225,7 +272,21 @@ static void fill_order(fa_bwd_sm90_params *p, const fa_sm90_instance *f, bool le
         p->ring = clamp_count(p->q_blocks / 2, 1, p->ring); /* key blocks that follow each other are two steps apart */
         p->heads_together = resident / p->ring;
     }
-    p->heads_together = clamp_count(p->heads_together, 1, p->B * p->HK);
+    p->heads_together = clamp_count(p->heads_together, 1, p->B * p->HK / p->cluster);
+}
+
+/* The main kernel stores the gradient of the mask where each element of it belongs to one head, and to one batch or, as
+ * a cluster, to all; where every key block meets every query block; and in the elements' type (bwd_sm90_share.cuh). */
+static bool stores_dmask(const fa_args *a, const fa_sm90_instance *f)
+{
+    const fa_tensor *d = &a->dmask;
+    int64_t B = a->q.size[0];
+    bool all = d->size[0] == B || B == 2 || B == 4 || B == 8, rows = d->stride[3] == 1 && (uintptr_t)d->data % 16 == 0;
+    for (int i = 0; i < 3; i++)
+        rows = rows && (d->size[i] <= 1 || (d->stride[i] % 8 == 0 && d->stride[i] < (int64_t)1 << 38));
+    return only_a_mask(a) && f == tiled_for(a) && d->data && d->dtype == a->q.dtype && all && rows &&
+           d->size[1] == a->q.size[1] && d->size[2] == a->q.size[2] && d->size[3] == a->k.size[2] &&
+           a->window_left < 0 && a->window_right < 0 && (a->dq.data || a->dk.data || a->dv.data);
 }
 
 /* resident: thread blocks that the device runs at the same time. */
@@ -276,20 +337,6 @@ static fa_bwd_lengths lengths_of(const fa_tensor *t)
     return l;
 }
 
-/* Can tiles of the float mask be copied to shared memory? There they share their place with the weights that softcap
- * and dropout need (bwd_sm90_pair.cuh). */
-static bool has_tiles(const fa_args *a, const fa_sm90_instance *f)
-{
-    const fa_tensor *m = &a->mask;
-    int64_t width = m->dtype == FA_F32 ? 4 : 2, room = f->BN == 128 ? 32768 : f->D <= 192 ? 16384 : 0;
-    bool ok = m->data && m->dtype != FA_BOOL && f->BM * f->BN * width <= room && (uintptr_t)m->data % 16 == 0 &&
-              (f->BN == 64 || (a->softcap == 0 && a->dropout_p == 0));
-    for (int i = 0; i < 3; i++)
-        ok = ok && (m->size[i] <= 1 || (m->stride[i] >= 0 && m->stride[i] * width % 16 == 0 &&
-                                        m->stride[i] < (int64_t)1 << 38));
-    return ok && !is_broadcast(m, 2) && m->size[3] > 1 && m->stride[3] == 1;
-}
-
 static int32_t options_of(const fa_args *a, const fa_sm90_instance *f)
 {
     bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
@@ -314,8 +361,9 @@ static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f
     m->mask_key = stride_or_0(&a->mask, 3);
 }
 
-static void fill_dmask(fa_bwd_mod *m, const fa_tensor *d)
+static void fill_dmask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
+    const fa_tensor *d = &a->dmask;
     m->dmask = d->data;
     m->dmask_batches = (int32_t)d->size[0];
     m->dmask_heads = (int32_t)d->size[1];
@@ -324,6 +372,7 @@ static void fill_dmask(fa_bwd_mod *m, const fa_tensor *d)
     m->dmask_query = d->stride[2];
     m->dmask_key = d->stride[3];
     m->dmask_vectors = d->dtype != FA_F32 && rows_of_16_bytes(d, 1);
+    m->dmask_here = stores_dmask(a, f);
 }
 
 static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
@@ -340,7 +389,7 @@ static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
     if (a->mask.data)
         fill_mask(m, a, f);
     if (a->dmask.data)
-        fill_dmask(m, &a->dmask);
+        fill_dmask(m, a, f);
     m->cap = (float)(a->softcap * 1.4426950408889634);
     m->cap_scale = (float)(a->softcap > 0 ? a->scale / a->softcap : 0);
     m->alibi = a->alibi.data;
@@ -360,20 +409,49 @@ static fa_status fill_maps(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm9
                                 {&a->dout, f->BM, &p->dout_map, p->dout_steps},
                                 {&a->k, f->BN, &p->k_map, p->k_steps},
                                 {&a->v, f->BN, &p->v_map, p->v_steps},
-                                {&a->mask, f->BM, &p->mod.mask_map, p->mod.mask_steps}};
-    int n = p->mod.options & FA_MOD_TILES ? 5 : 4;
+                                {&a->mask, f->BM, &p->mod.mask_map, p->mod.mask_steps},
+                                {&a->dmask, 64, &p->mod.dmask_map, p->mod.dmask_steps, true}};
+    int n = !(p->mod.options & FA_MOD_TILES) ? 4 : p->mod.dmask_here ? 6 : 5;
     return fa_sm90_encode(f->name, maps, p->SQ == 0 || p->SK == 0 ? 0 : n, err);
 }
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-static cudaError_t launch(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, int64_t blocks, cudaStream_t stream)
+/* A launch of `blocks` thread blocks in clusters; at: where what it needs is kept. */
+static cudaLaunchConfig_t config_of(const fa_sm90_instance *f, int64_t blocks, int cluster, cudaLaunchAttribute *at)
+{
+    cudaLaunchConfig_t c = {};
+    at->id = cudaLaunchAttributeClusterDimension;
+    at->val.clusterDim = {(unsigned)cluster, 1, 1};
+    c.gridDim = dim3((unsigned)blocks);
+    c.blockDim = dim3((unsigned)f->threads);
+    c.dynamicSmemBytes = (size_t)f->shared_bytes;
+    c.attrs = at;
+    c.numAttrs = cluster > 1 ? 1 : 0;
+    return c;
+}
+
+static cudaError_t launch(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, int64_t blocks, int cluster,
+                          cudaStream_t stream)
 {
     if (blocks == 0)
         return cudaSuccess;
     void *arguments[] = {(void *)p};
-    dim3 grid((unsigned)blocks), block((unsigned)f->threads);
-    return cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
+    cudaLaunchAttribute at;
+    cudaLaunchConfig_t c = config_of(f, blocks, cluster, &at);
+    c.stream = stream;
+    return cudaLaunchKernelExC(&c, f->kernel, arguments);
+}
+
+/* How many clusters of the kernel the device runs at the same time. */
+static fa_status count_clusters(const fa_sm90_instance *f, int cluster, int *resident, fa_error *err)
+{
+    if (cluster == 1)
+        return FA_OK;
+    cudaLaunchAttribute at;
+    cudaLaunchConfig_t c = config_of(f, cluster, cluster, &at);
+    cudaError_t e = cudaOccupancyMaxActiveClusters(resident, f->kernel, &c);
+    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
 static fa_status launch_gradients(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, cudaStream_t stream,
@@ -381,7 +459,7 @@ static fa_status launch_gradients(const fa_bwd_sm90_params *p, const fa_sm90_ins
 {
     if (!p->dq.data && !p->dk.data && !p->dv.data)
         return FA_OK;
-    cudaError_t e = launch(p, f, (int64_t)p->B * p->HK * p->k_blocks, stream);
+    cudaError_t e = launch(p, f, (int64_t)p->B * p->HK * p->k_blocks, p->cluster, stream);
     if (e == cudaSuccess && p->dq.data)
         e = fa_bwd_post_launch(p, f->dtype, f->D, stream);
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
@@ -399,7 +477,7 @@ static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, con
     if (status != FA_OK)
         return status;
     int64_t tiles = a->mask.size[0] * a->mask.size[1] * blocks_of(p->SQ, f->BM) * blocks_of(p->SK, f->BN);
-    cudaError_t e = launch(p, f, tiles < processors ? tiles : processors, stream);
+    cudaError_t e = launch(p, f, tiles < processors ? tiles : processors, 1, stream);
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
@@ -419,6 +497,10 @@ static fa_status fill(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_ins
 {
     fill_sizes(p, a, f);
     fill_mod(&p->mod, a, f);
+    p->cluster = p->mod.dmask_here && a->dmask.size[0] == 1 ? p->B : 1;
+    fa_status status = count_clusters(f, p->cluster, &processors, err);
+    if (status != FA_OK)
+        return status;
     fill_band(p, a, f, processors);
     fill_memory(p, a, f, workspace);
     return fill_maps(p, a, f, err);
@@ -440,7 +522,7 @@ extern "C" fa_status fa_bwd_sm90_launch(const fa_args *a, void *workspace, cudaS
         return fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
     const fa_bwd_row_numbers rows = {p.row_lse, p.row_delta, (int64_t)p.q_blocks * p.BM};
     status = launch_gradients(&p, f, stream, err);
-    if (status == FA_OK && a->dmask.data)
+    if (status == FA_OK && a->dmask.data && !p.mod.dmask_here)
         status = launch_dmask(a, &p, &rows, stream, err);
     if (status == FA_OK && a->dsinks.data)
         status = launch_dsinks(a, &rows, (char *)workspace + parts_of(a, f).rows, stream, err);

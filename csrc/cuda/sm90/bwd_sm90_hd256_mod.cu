@@ -1,4 +1,4 @@
 #include "bwd_sm90_instance.cuh"
 
-FA_BWD_SM90_INSTANCE(fa_bwd_sm90_bf16_hd256_mod, fa_bf16_t, FA_BF16, 256, 256, 64, 64, true)
-FA_BWD_SM90_INSTANCE(fa_bwd_sm90_f16_hd256_mod, fa_f16_t, FA_F16, 256, 256, 64, 64, true)
+FA_BWD_SM90_INSTANCE(fa_bwd_sm90_bf16_hd256_mod, fa_bf16_t, FA_BF16, 256, 256, 64, 64, FA_MOD_ANY)
+FA_BWD_SM90_INSTANCE(fa_bwd_sm90_f16_hd256_mod, fa_f16_t, FA_F16, 256, 256, 64, 64, FA_MOD_ANY)

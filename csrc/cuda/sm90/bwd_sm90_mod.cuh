@@ -14,8 +14,6 @@
 #include "../ptx/tma.cuh"
 #include "bwd_sm90_tile.cuh"
 
-#define FA_LOG2E 1.44269504088896f
-
 /* tanh; 4e-7 of its value: a series near 0, where 1 - e would cancel. */
 __device__ __forceinline__ float fa_tanh(float x)
 {
@@ -48,10 +46,11 @@ __device__ __forceinline__ void fa_cap_scores(const fa_bwd_mod &mod, float (&s)[
 
 /* ---- what is added ----------------------------------------------------------------------------------------------- */
 
-/* The least number counts as a number also in units of log2. */
+/* The least number counts as a number also in units of log2, and so does everything below FA_BWD_LEAST: -2^127, of
+ * which the product is exact. */
 __device__ __forceinline__ float fa_bias_of(float x)
 {
-    return fmaxf(x * FA_LOG2E, -FLT_MAX);
+    return fmaxf(x * FA_LOG2E, FA_BWD_LEAST);
 }
 
 /* E: element of the mask, read in place, 16 loads at a time; what lies outside is read from the last row or column, and
@@ -104,6 +103,19 @@ __device__ __forceinline__ void fa_add_mask(const fa_bwd_sm90_params &p, const v
 
 /* ---- tiles of a float mask in shared memory ---------------------------------------------------------------------- */
 
+/* Two numbers of a mask, those below -2^127 raised to it. */
+template <typename T> __device__ __forceinline__ uint32_t fa_not_least(uint32_t w)
+{
+    return w; /* fp16 has none */
+}
+
+template <> __device__ __forceinline__ uint32_t fa_not_least<fa_bf16_t>(uint32_t w)
+{
+    uint32_t y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(w), "r"(0xff00ff00u));
+    return y;
+}
+
 /* Rows of 16-bit elements, read transposed: the pairs of queries come as the accumulator has them. key: of the
  * thread block's, the first of the warp's 16. */
 template <class C>
@@ -117,9 +129,9 @@ __device__ __forceinline__ void fa_add_tile(const unsigned char *tile, float (&s
         fa_ldmatrix_x4_trans(w, at + i * (16 * 128));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            float2 x = fa_unpack<typename C::T>(w[j]);
-            s[8 * i + 2 * j] += fa_bias_of(x.x);
-            s[8 * i + 2 * j + 1] += fa_bias_of(x.y);
+            float2 x = fa_unpack<typename C::T>(fa_not_least<typename C::T>(w[j]));
+            s[8 * i + 2 * j] = fmaf(x.x, FA_LOG2E, s[8 * i + 2 * j]);
+            s[8 * i + 2 * j + 1] = fmaf(x.y, FA_LOG2E, s[8 * i + 2 * j + 1]);
         }
     }
 }
@@ -171,7 +183,7 @@ __device__ __forceinline__ void fa_add_alibi(float (&s)[C::BM / 2], float slope,
 
 /* bits: those of the thread's first key; the second lies 8 * step further */
 template <class C>
-__device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 64][C::BN], int key, int step,
+__device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 64][C::BITS ? C::BN : 2], int key, int step,
                                                 float (&s)[C::BM / 2])
 {
 #pragma unroll
@@ -235,19 +247,19 @@ __device__ __forceinline__ void fa_mod_weights(const fa_bwd_sm90_params &p, fa_b
     int stage = fa_stage_of(t), query0 = sh.query[stage];
     fa_place at = fa_place_of(key0, query0);
     fa_wgmma_hold(s);
-    if (mod.options & FA_MOD_CAP)
+    if (fa_has<C>(mod, FA_MOD_CAP))
         fa_cap_scores<C>(mod, s, sh.lse[stage], slopes);
     else
         fa_scale_scores<C>(s, sh.lse[stage], p.scale_log2);
-    if (C::BIAS_BYTES > 0 && (mod.options & FA_MOD_TILES))
+    if (C::BIAS_BYTES > 0 && fa_has<C>(mod, FA_MOD_TILES))
         fa_take_tile<C>(mod, sh, t, key0 - u.walk.n * C::BN, s);
-    else if ((mod.options & FA_MOD_BIAS) && mod.f32)
+    else if (fa_has<C>(mod, FA_MOD_BIAS) && mod.f32)
         fa_add_mask<C, float>(p, sh.mod.mask[stage], s, at);
-    else if (mod.options & FA_MOD_BIAS)
+    else if (fa_has<C>(mod, FA_MOD_BIAS))
         fa_add_mask<C, typename C::T>(p, sh.mod.mask[stage], s, at);
-    if (mod.options & FA_MOD_ALIBI)
+    if (fa_has<C>(mod, FA_MOD_ALIBI))
         fa_add_alibi<C>(s, sh.mod.slope[stage], at, fa_offset_of(p, u.band));
-    if (mod.options & FA_MOD_BITS)
+    if (fa_has<C>(mod, FA_MOD_BITS))
         fa_hide_by_bits<C>(sh.mod.bits[stage], at.key - u.walk.n * C::BN, mod.bits_key, s);
     if (!fa_all_seen<C>(u.band, key0, query0))
         fa_hide<C>(u.band, s, at);
@@ -261,7 +273,7 @@ __device__ __forceinline__ void fa_round_weights(const fa_bwd_mod &mod, const fa
                                                  uint4 *to)
 {
     int stage = fa_stage_of(t);
-    bool drops = mod.options & FA_MOD_DROPOUT;
+    bool drops = fa_has<C>(mod, FA_MOD_DROPOUT);
     fa_kept<C> kept = {};
     if (drops)
         kept.draw(mod, sh.mod.head[stage], fa_place_of(key0, sh.query[stage]));
@@ -273,7 +285,7 @@ __device__ __forceinline__ void fa_round_weights(const fa_bwd_mod &mod, const fa
             int c = 2 * i + j / 2, r = j % 2;
             float a = s[4 * c + 2 * r], b = s[4 * c + 2 * r + 1];
             float2 slope = make_float2(1.f, 1.f);
-            if (mod.options & FA_MOD_CAP)
+            if (fa_has<C>(mod, FA_MOD_CAP))
                 slope = fa_unpack<typename C::T>(w[2 * c + r]);
             x[j] = fa_pack<typename C::T>(a * slope.x, b * slope.y);
             w[2 * c + r] = fa_pack<typename C::T>(a, b);
@@ -332,7 +344,7 @@ template <class C>
 __device__ __forceinline__ void fa_load_bias(const fa_bwd_mod &mod, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u,
                                              const fa_bwd_step &at)
 {
-    if (C::BIAS_BYTES == 0 || !(mod.options & FA_MOD_TILES))
+    if (C::BIAS_BYTES == 0 || !fa_has<C>(mod, FA_MOD_TILES))
         return;
     uint64_t *full = &s.bar[FA_BAR_BIAS_FULL];
     int columns = mod.f32 ? 32 : 64; /* of a panel */
@@ -346,14 +358,14 @@ __device__ __forceinline__ void fa_load_bias(const fa_bwd_mod &mod, fa_bwd_sm90_
 /* Bytes that fa_load_bits copies. */
 template <class C> __device__ __forceinline__ uint32_t fa_bits_bytes(const fa_bwd_mod &mod)
 {
-    return mod.options & FA_MOD_BITS ? C::BM / 64 * (mod.bits_key ? C::BN * 8 : 16) : 0;
+    return fa_has<C>(mod, FA_MOD_BITS) ? C::BM / 64 * (mod.bits_key ? C::BN * 8 : 16) : 0;
 }
 
 template <class C>
 __device__ __forceinline__ void fa_load_bits(const fa_bwd_mod &mod, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u,
                                              const fa_bwd_step &at, int stage, uint64_t *bar)
 {
-    if (!(mod.options & FA_MOD_BITS))
+    if (!fa_has<C>(mod, FA_MOD_BITS))
         return;
     const uint64_t *bits = mod.bits + u.b * mod.bits_batch + at.head * mod.bits_head +
                            (int64_t)u.walk.n * C::BN * mod.bits_key;
@@ -371,7 +383,7 @@ __device__ __forceinline__ void fa_describe_head(const fa_bwd_sm90_params &p, fa
     int64_t at = u.b * mod.mask_batch + head * mod.mask_head;
     s.mod.head[stage] = u.b * p.HQ + head;
     s.mod.mask[stage] = (const char *)mod.mask + at * (mod.f32 ? 4 : 2);
-    if (mod.options & FA_MOD_ALIBI)
+    if (fa_has<C>(mod, FA_MOD_ALIBI))
         s.mod.slope[stage] = FA_LOG2E * fa_number_at<typename C::T>(mod.alibi, mod.alibi_f32,
                                                                     u.b * mod.alibi_batch + head * mod.alibi_head);
 }

@@ -23,7 +23,7 @@ __device__ __forceinline__ void fa_pair_weights(const fa_bwd_sm90_params &p, fa_
         fa_round<C>(w, s);
     } else {
         fa_mod_weights<C>(p, sh, u, t, key0, s, w);
-        if (p.mod.options & FA_MOD_TWO_WEIGHTS)
+        if (fa_has<C>(p.mod, FA_MOD_TWO_WEIGHTS))
             fa_round_weights<C>(p.mod, sh, t, key0, s, w, fa_pair_place(sh));
         else
             fa_round<C>(w, s);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void fa_pair_score_gradient(const fa_bwd_sm90_params 
                                                        int stage, float (&dp)[C::BM / 2], uint32_t (&w)[C::BM / 4])
 {
     if constexpr (C::MOD) {
-        if (p.mod.options & FA_MOD_TWO_WEIGHTS) {
+        if (fa_has<C>(p.mod, FA_MOD_TWO_WEIGHTS)) {
             fa_fetch_weights<C>(w, fa_pair_place(sh));
             fa_signed_score_gradient<C>(dp, w, sh.delta[stage], p.mod.keep);
             return;

@@ -6,6 +6,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define FA_LOG2E 1.44269504088896f
+#define FA_BWD_LEAST (-0x1p127f * FA_LOG2E) /* no score or log-sum-exp counts as less, in units of log2 */
+
 typedef struct fa_bwd_sm90_view {
     void *data;
     int64_t batch, head, row; /* strides in elements; the last is 1 */
@@ -39,7 +42,7 @@ typedef struct fa_bwd_lengths {
     bool wide;
 } fa_bwd_lengths;
 
-/* What a mod instance can do, one by one. */
+/* What a call has beside causal and windows. */
 enum {
     FA_MOD_LENGTHS = 1,
     FA_MOD_BITS = 2, /* a bool mask */
@@ -50,6 +53,8 @@ enum {
     FA_MOD_ALIBI = 16,
     FA_MOD_DROPOUT = 32,
     FA_MOD_TWO_WEIGHTS = FA_MOD_CAP | FA_MOD_DROPOUT, /* those of dS differ from those of dV */
+    FA_MOD_TILED = FA_MOD_BIAS | FA_MOD_TILES,
+    FA_MOD_ANY = -1, /* of an instance: whatever the call has */
 };
 
 enum { FA_MAP_Q, FA_MAP_DOUT, FA_MAP_K, FA_MAP_V, FA_MAPS };
@@ -78,6 +83,9 @@ typedef struct fa_bwd_mod {
     int64_t dmask_batch, dmask_head, dmask_query, dmask_key;
     int32_t dmask_batches, dmask_heads; /* its sizes */
     bool dmask_vectors;                 /* of 16 bytes along the keys can be stored */
+    bool dmask_here;      /* the main kernel stores it (bwd_sm90_share.cuh) */
+    CUtensorMap dmask_map; /* then: dimensions (SK, SQ, H, B) */
+    int32_t dmask_steps[2];
     float cap, cap_scale; /* CAP: scores are cap * tanh(cap_scale * q k), in units of log2 */
     const void *alibi;
     int64_t alibi_batch, alibi_head;
@@ -102,6 +110,7 @@ typedef struct fa_bwd_sm90_params {
     int32_t B, HQ, HK, group, SQ, SK, D, DV;
     int32_t q_blocks, k_blocks, BM, BN;
     int32_t order, ring, heads_together; /* key blocks in a ring; heads whose thread blocks start in turn */
+    int32_t cluster; /* thread blocks in a cluster: 1, or B, one for each batch */
     int32_t lo_shift, hi_shift;
     float scale, scale_log2; /* scale, scale * log2 e */
     fa_bwd_mod mod;

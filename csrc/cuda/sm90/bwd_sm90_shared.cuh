@@ -8,26 +8,34 @@
 #include "../ptx/wgmma.cuh"
 #include "bwd_sm90_walk.cuh"
 
-/* T: element; head dimensions D and DV, multiples of 64; blocks of BM queries and BN keys. MOD: masks, softcap, ALiBi,
- * lengths and dropout (bwd_sm90_mod.cuh).
+/* T: element; head dimensions D and DV, multiples of 64; blocks of BM queries and BN keys. OPTIONS: of masks, softcap,
+ * ALiBi, lengths and dropout (bwd_sm90_mod.cuh) those that every call of the instance has, or FA_MOD_ANY.
  * BN = 128: two warpgroups of 64 keys, each with all of S, P, dP, dS, dV and dK of its keys.
  * BN = 64: one warpgroup has S, P and dV, the other dP, dS and dK; P goes from one to the other. */
-template <typename T_, int D_, int DV_, int BM_, int BN_, bool MOD_> struct fa_bwd_sm90_config {
+template <typename T_, int D_, int DV_, int BM_, int BN_, int OPTIONS_> struct fa_bwd_sm90_config {
     using T = T_;
     static constexpr int D = D_, DV = DV_, BM = BM_, BN = BN_;
-    static constexpr bool MOD = MOD_;
+    static constexpr int OPTIONS = OPTIONS_;
+    static constexpr bool MOD = OPTIONS != 0, BITS = OPTIONS & FA_MOD_BITS, TILES = OPTIONS & FA_MOD_TILES;
+    static constexpr bool SHARES = OPTIONS == FA_MOD_TILED; /* dS may go to the mask's gradient (bwd_sm90_share.cuh) */
     static constexpr bool SPLIT = BN == 64;
     static constexpr bool KEYS_FROM_SHARED = D > 64;
     static constexpr int STAGES = 2;               /* blocks of Q and of dO in flight */
     static constexpr int PARTS = BM / 64 * D / 64; /* of 64 x 64 in a block of dQ */
     static constexpr int THREADS = 4 * FA_WARPGROUP;
     /* bytes for a tile of a float mask: less than fp32 takes where BM = 128, none where D = 256 */
-    static constexpr int BIAS_BYTES = !MOD ? 0 : !SPLIT ? 32768 : D <= 192 ? 16384 : 0;
-    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 208, DQ_REGISTERS = 72;
+    static constexpr int BIAS_BYTES = !TILES ? 0 : !SPLIT ? 32768 : D <= 192 ? 16384 : 0;
+    static constexpr int PRODUCER_REGISTERS = SHARES ? 32 : 24, CONSUMER_REGISTERS = SHARES ? 208 : 208, DQ_REGISTERS = SHARES ? 64 : 72;
 };
 
+/* Does the call have one of these? */
+template <class C> __device__ __forceinline__ bool fa_has(const fa_bwd_mod &mod, int options)
+{
+    return C::OPTIONS == FA_MOD_ANY ? mod.options & options : C::OPTIONS & options;
+}
+
 enum { FA_WARPGROUP_PRODUCER, FA_WARPGROUP_FIRST, FA_WARPGROUP_SECOND, FA_WARPGROUP_DQ };
-enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL }; /* of the producer warpgroup */
+enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL, FA_WARP_SHARE }; /* of the producer warpgroup */
 
 enum { FA_BAR_ALONE = 1 }; /* named barriers FA_BAR_ALONE + 1 .. 3: of one warpgroup alone */
 
@@ -54,6 +62,7 @@ enum fa_bwd_bar {
     FA_BAR_BIAS_EMPTY,
     FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
     FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
+    FA_BAR_SHARED_FULL, /* dS of other thread blocks, SHARES only */
     FA_BARS
 };
 
@@ -66,12 +75,13 @@ struct fa_dq_target {
 template <class C, bool MOD> struct fa_bwd_mod_shared {};
 
 template <class C> struct fa_bwd_mod_shared<C, true> {
-    alignas(16) uint64_t bits[2][C::BM / 64][C::BN]; /* [stage][64 queries][key] of a bool mask */
+    alignas(16) uint64_t bits[2][C::BM / 64][C::BITS ? C::BN : 2]; /* [stage][64 queries][key] of a bool mask */
     const void *mask[2];                             /* element (0, 0) of a float mask */
     int head[2];
     float slope[2];                                  /* ALiBi, in units of log2 */
     /* a tile of a float mask, rows of 128 bytes: its rows are queries, its columns keys */
     alignas(C::BIAS_BYTES ? 1024 : 16) unsigned char bias[C::BIAS_BYTES ? C::BIAS_BYTES : 16];
+    alignas(C::SHARES ? 1024 : 16) unsigned char shared_ds[C::SHARES ? C::BM * C::BN * 2 : 16]; /* bwd_sm90_share.cuh */
 };
 
 /* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. ds: rows are keys, columns queries. */
@@ -104,22 +114,28 @@ struct fa_bwd_unit {
 };
 
 /* Thread blocks in the order in which they start: sets of `heads_together` heads; in a set, the first `ring` key blocks
- * of each head, the next of each, ... */
+ * of each head, the next of each, ... A cluster counts as one of them. */
 template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const fa_bwd_sm90_params &p)
 {
-    int heads = p.B * p.HK, set = blockIdx.x / (p.heads_together * p.k_blocks), first = set * p.heads_together;
-    int at = blockIdx.x - first * p.k_blocks, members = min(p.heads_together, heads - first);
+    int cluster = C::SHARES ? p.cluster : 1, heads = p.B * p.HK / cluster, index = blockIdx.x / cluster;
+    int set = index / (p.heads_together * p.k_blocks), first = set * p.heads_together;
+    int at = index - first * p.k_blocks, members = min(p.heads_together, heads - first);
     int ring0 = at / (members * p.ring) * p.ring, size = min(p.ring, p.k_blocks - ring0);
     at -= members * ring0;
-    int head = first + at / size;
+    int head = (first + at / size) * cluster + blockIdx.x % cluster;
     fa_bwd_unit u;
     int n = ring0 + at % size;
-    u.b = head / p.HK;
-    u.hk = head - u.b * p.HK;
+    if (C::SHARES && p.mod.mask_batch == 0) { /* what shares a tile of the mask is at work together */
+        u.hk = head / p.B;
+        u.b = head - u.hk * p.B;
+    } else {
+        u.b = head / p.HK;
+        u.hk = head - u.b * p.HK;
+    }
     u.q_block = u.b * p.HQ * p.q_blocks;
     u.k_first = 0;
     u.k_rows = p.SK;
-    if (C::MOD && (p.mod.options & FA_MOD_PACKED)) {
+    if (fa_has<C>(p.mod, FA_MOD_PACKED)) {
         fa_bwd_slot s = fa_slot_of(p.mod, p.mod.first_k, p.SK, C::BN, n);
         n = s.block;
         u.b = s.b;
@@ -127,7 +143,7 @@ template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const f
         u.k_first = s.first;
         u.k_rows = s.rows;
     }
-    u.band = C::MOD ? fa_band_of(p, u.b) : fa_whole_band(p);
+    u.band = fa_has<C>(p.mod, FA_MOD_LENGTHS) ? fa_band_of(p, u.b) : fa_whole_band(p);
     u.walk = fa_walk_of(u.band, n, ring0, size, C::BM, C::BN);
     u.steps = p.group * fa_walk_steps(u.walk);
     return u;

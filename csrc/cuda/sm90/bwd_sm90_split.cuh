@@ -33,7 +33,7 @@ __device__ __forceinline__ void fa_split_weights(const fa_bwd_sm90_params &p, fa
 {
     if constexpr (C::MOD) {
         fa_mod_weights<C>(p, sh, u, t, key0, s, w);
-        if (p.mod.options & FA_MOD_TWO_WEIGHTS) {
+        if (fa_has<C>(p.mod, FA_MOD_TWO_WEIGHTS)) {
             int stage = fa_stage_of(t);
             fa_mbar_wait(&sh.bar[FA_BAR_P_EMPTY + stage], fa_parity_of(t) ^ 1);
             fa_round_weights<C>(p.mod, sh, t, key0, s, w, &sh.p[stage][0][threadIdx.x % FA_WARPGROUP]);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, f
     fa_take_weights<C>(sh, t, weights);
     fa_wgmma_hold(dp);
     bool hides = fa_hides<C>(p, sh, u, t, u.walk.n * C::BN);
-    if (C::MOD && (p.mod.options & FA_MOD_TWO_WEIGHTS)) {
+    if (fa_has<C>(p.mod, FA_MOD_TWO_WEIGHTS)) {
         fa_signed_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)], p.mod.keep);
         if (hides)
             fa_clear_hidden<C>(dp, weights);

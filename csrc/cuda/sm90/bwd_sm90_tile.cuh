@@ -192,7 +192,7 @@ __device__ __forceinline__ void fa_store_gradient(const fa_bwd_sm90_params &p, c
     if (!v.data)
         return;
     fa_rows_out f = {{factor, factor}, {0.f, 0.f}, {false, false}};
-    int batch = C::MOD && (p.mod.options & FA_MOD_PACKED) ? 0 : u.b;
+    int batch = fa_has<C>(p.mod, FA_MOD_PACKED) ? 0 : u.b;
     typename C::T *to = (typename C::T *)v.data + batch * v.batch + u.hk * v.head + u.k_first * v.row;
     constexpr int N = fa_gradient<COLUMNS>::N;
 #pragma unroll

@@ -38,7 +38,7 @@ template <class C>
 __device__ __forceinline__ bool fa_hides(const fa_bwd_sm90_params &p, const fa_bwd_sm90_shared<C> &sh,
                                          const fa_bwd_unit &u, int t, int key0)
 {
-    bool bits = C::MOD && (p.mod.options & FA_MOD_BITS);
+    bool bits = fa_has<C>(p.mod, FA_MOD_BITS);
     return bits || !fa_all_seen<C>(u.band, key0, sh.query[fa_stage_of(t)]);
 }
 

@@ -51,7 +51,7 @@ __device__ __forceinline__ float fa_lse_in_log2(float lse)
 {
     if (lse == -CUDART_INF_F)
         return CUDART_INF_F;
-    return lse < CUDART_INF_F ? fmaxf(lse * 1.44269504088896f, -FLT_MAX) : CUDART_NAN_F;
+    return lse < CUDART_INF_F ? fmaxf(lse * FA_LOG2E, FA_BWD_LEAST) : CUDART_NAN_F;
 }
 
 /* Row i of head h, by its lanes. Returns whether Q or dO may hold NaN or infinity: a Q that takes part in a score says
