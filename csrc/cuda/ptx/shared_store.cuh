@@ -23,6 +23,11 @@ __device__ __forceinline__ void fa_ldmatrix_x4_trans(uint32_t (&w)[4], uint32_t 
                  : "memory");
 }
 
+__device__ __forceinline__ void fa_store_shared_16(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w)
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
 /* In every thread that stored, before the barrier that the reader waits for. */
 __device__ __forceinline__ void fa_fence_shared_async(void)
 {

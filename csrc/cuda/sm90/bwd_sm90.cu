@@ -9,18 +9,20 @@
 /* X(head dimensions), the narrowest first. */
 #define FA_BWD_SM90_DIMS(X) X(hd64) X(hd128) X(hd192_dv128) X(hd256)
 
-#define FA_TILED_SM90_DIMS(X) X(hd128)
+/* Those for one option alone; the widest has none. */
+#define FA_ALONE_SM90_DIMS(X) X(hd64) X(hd128) X(hd192_dv128)
 
-enum { FA_BWD_DIMS = 4, FA_TILED_DIMS = 1 };
+enum { FA_BWD_DIMS = 4, FA_ALONE_DIMS = 3 };
 
 #define FA_DECLARE(dims)                                                                                               \
     extern "C" const fa_sm90_instance fa_bwd_sm90_bf16_##dims, fa_bwd_sm90_f16_##dims, fa_bwd_sm90_bf16_##dims##_mod,  \
         fa_bwd_sm90_f16_##dims##_mod, fa_dmask_sm90_bf16_##dims, fa_dmask_sm90_f16_##dims;
 FA_BWD_SM90_DIMS(FA_DECLARE)
 
-#define FA_DECLARE_TILED(dims)                                                                                         \
-    extern "C" const fa_sm90_instance fa_bwd_sm90_bf16_##dims##_tiled, fa_bwd_sm90_f16_##dims##_tiled;
-FA_TILED_SM90_DIMS(FA_DECLARE_TILED)
+#define FA_DECLARE_ALONE(dims)                                                                                         \
+    extern "C" const fa_sm90_instance fa_bwd_sm90_bf16_##dims##_tiled, fa_bwd_sm90_f16_##dims##_tiled,                 \
+        fa_bwd_sm90_bf16_##dims##_bits, fa_bwd_sm90_f16_##dims##_bits;
+FA_ALONE_SM90_DIMS(FA_DECLARE_ALONE)
 
 #define FA_BF16_PLAIN(dims) &fa_bwd_sm90_bf16_##dims,
 #define FA_F16_PLAIN(dims) &fa_bwd_sm90_f16_##dims,
@@ -30,34 +32,43 @@ FA_TILED_SM90_DIMS(FA_DECLARE_TILED)
 #define FA_F16_DMASK(dims) &fa_dmask_sm90_f16_##dims,
 #define FA_BF16_TILED(dims) &fa_bwd_sm90_bf16_##dims##_tiled,
 #define FA_F16_TILED(dims) &fa_bwd_sm90_f16_##dims##_tiled,
+#define FA_BF16_BITS(dims) &fa_bwd_sm90_bf16_##dims##_bits,
+#define FA_F16_BITS(dims) &fa_bwd_sm90_f16_##dims##_bits,
 
 enum { FA_KIND_PLAIN, FA_KIND_MOD, FA_KIND_DMASK, FA_KINDS };
+enum { FA_ALONE_TILED, FA_ALONE_BITS, FA_ALONE_KINDS };
 
 static const fa_sm90_instance *const INSTANCES[FA_KINDS][2][FA_BWD_DIMS] = {
     {{FA_BWD_SM90_DIMS(FA_BF16_PLAIN)}, {FA_BWD_SM90_DIMS(FA_F16_PLAIN)}},
     {{FA_BWD_SM90_DIMS(FA_BF16_MOD)}, {FA_BWD_SM90_DIMS(FA_F16_MOD)}},
     {{FA_BWD_SM90_DIMS(FA_BF16_DMASK)}, {FA_BWD_SM90_DIMS(FA_F16_DMASK)}},
 };
-
-/* For a float mask whose tiles can be copied, and no other option. */
-static const fa_sm90_instance *const TILED[2][FA_TILED_DIMS] = {{FA_TILED_SM90_DIMS(FA_BF16_TILED)},
-                                                                {FA_TILED_SM90_DIMS(FA_F16_TILED)}};
+static const fa_sm90_instance *const ALONE[FA_ALONE_KINDS][2][FA_ALONE_DIMS] = {
+    {{FA_ALONE_SM90_DIMS(FA_BF16_TILED)}, {FA_ALONE_SM90_DIMS(FA_F16_TILED)}},
+    {{FA_ALONE_SM90_DIMS(FA_BF16_BITS)}, {FA_ALONE_SM90_DIMS(FA_F16_BITS)}},
+};
 
 extern "C" const fa_sm90_instance *fa_bwd_sm90_instance_at(int i)
 {
-    const int n = FA_KINDS * 2 * FA_BWD_DIMS;
-    return i < n ? INSTANCES[0][0][i] : i < n + 2 * FA_TILED_DIMS ? TILED[0][i - n] : NULL;
+    const int n = FA_KINDS * 2 * FA_BWD_DIMS, alone = FA_ALONE_KINDS * 2 * FA_ALONE_DIMS;
+    return i < n ? INSTANCES[0][0][i] : i < n + alone ? ALONE[0][0][i - n] : NULL;
 }
+
+/* ---- options, and the instance for them -------------------------------------------------------------------------- */
 
 static bool is_broadcast(const fa_tensor *t, int dim)
 {
     return t->size[dim] == 1 || t->stride[dim] == 0;
 }
 
-static bool needs_mod(const fa_args *a)
+static bool is_packed(const fa_args *a)
 {
-    return a->mask.data || a->alibi.data || a->q_seqlens.data || a->kv_seqlens.data || a->softcap > 0 ||
-           a->dropout_p > 0 || a->by_sequence;
+    return a->cu_q.data != NULL;
+}
+
+static bool has_lengths(const fa_args *a)
+{
+    return is_packed(a) || a->q_seqlens.data || a->kv_seqlens.data;
 }
 
 /* Can tiles of the float mask be copied to shared memory? There they share their place with the weights that softcap
@@ -74,42 +85,36 @@ static bool has_tiles(const fa_args *a, const fa_sm90_instance *f)
     return ok && !is_broadcast(m, 2) && m->size[3] > 1 && m->stride[3] == 1;
 }
 
-static bool only_a_mask(const fa_args *a)
+/* f: any of the head dimensions. */
+static int32_t options_of(const fa_args *a, const fa_sm90_instance *f)
 {
-    fa_args without = *a;
-    without.mask.data = NULL;
-    return a->mask.data && !needs_mod(&without);
+    bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
+    return (has_lengths(a) ? FA_MOD_LENGTHS : 0) | (is_packed(a) ? FA_MOD_PACKED : 0) | (bits ? FA_MOD_BITS : 0) |
+           (bias ? FA_MOD_BIAS : 0) | (has_tiles(a, f) ? FA_MOD_TILES : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) |
+           (a->alibi.data ? FA_MOD_ALIBI : 0) | (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
 }
 
-/* The narrowest that holds the head dimensions. */
-static const fa_sm90_instance *instance_for(const fa_args *a, int kind)
+/* The narrowest that holds the head dimensions; its place among those of its kind. */
+static int place_for(const fa_args *a)
 {
-    if (a->q.dtype != FA_BF16 && a->q.dtype != FA_F16)
-        return NULL;
-    for (int i = 0; i < FA_BWD_DIMS; i++) {
-        const fa_sm90_instance *f = INSTANCES[kind][a->q.dtype == FA_F16][i];
-        if (a->q.size[3] <= f->D && a->v.size[3] <= f->DV)
-            return f;
-    }
-    return NULL;
-}
-
-/* NULL: none for this call. */
-static const fa_sm90_instance *tiled_for(const fa_args *a)
-{
-    const fa_sm90_instance *f = instance_for(a, FA_KIND_MOD), *const *tiled = TILED[a->q.dtype == FA_F16];
-    if (!f || !only_a_mask(a) || !has_tiles(a, f))
-        return NULL;
-    for (int i = 0; i < FA_TILED_DIMS; i++)
-        if (tiled[i]->D == f->D && tiled[i]->DV == f->DV)
-            return tiled[i];
-    return NULL;
+    const fa_sm90_instance *const *f = INSTANCES[FA_KIND_MOD][0];
+    for (int i = 0; i < FA_BWD_DIMS && (a->q.dtype == FA_BF16 || a->q.dtype == FA_F16); i++)
+        if (a->q.size[3] <= f[i]->D && a->v.size[3] <= f[i]->DV)
+            return i;
+    return -1;
 }
 
 extern "C" const fa_sm90_instance *fa_bwd_sm90_choose(const fa_args *a)
 {
-    const fa_sm90_instance *tiled = tiled_for(a);
-    return tiled ? tiled : instance_for(a, needs_mod(a) ? FA_KIND_MOD : FA_KIND_PLAIN);
+    int i = place_for(a), half = a->q.dtype == FA_F16;
+    if (i < 0)
+        return NULL;
+    int32_t options = options_of(a, INSTANCES[FA_KIND_MOD][half][i]);
+    if (i < FA_ALONE_DIMS && options == FA_MOD_TILED)
+        return ALONE[FA_ALONE_TILED][half][i];
+    if (i < FA_ALONE_DIMS && options == FA_MOD_BITS)
+        return ALONE[FA_ALONE_BITS][half][i];
+    return INSTANCES[options ? FA_KIND_MOD : FA_KIND_PLAIN][half][i];
 }
 
 /* ---- what it can do ---------------------------------------------------------------------------------------------- */
@@ -174,16 +179,6 @@ static void words_of(const fa_args *a, const fa_sm90_instance *f, int64_t (&word
     words[1] = is_broadcast(m, 1) ? 1 : m->size[1];
     words[2] = is_broadcast(m, 2) ? 1 : blocks_of(m->size[2], f->BM) * (f->BM / 64);
     words[3] = is_broadcast(m, 3) ? 2 : blocks_of(m->size[3], f->BN) * f->BN;
-}
-
-static bool is_packed(const fa_args *a)
-{
-    return a->cu_q.data != NULL;
-}
-
-static bool has_lengths(const fa_args *a)
-{
-    return is_packed(a) || a->q_seqlens.data || a->kv_seqlens.data;
 }
 
 /* Blocks of `size` rows of a head; those of packed sequences as bwd_sm90_params.h has them. */
@@ -275,20 +270,6 @@ static void fill_order(fa_bwd_sm90_params *p, const fa_sm90_instance *f, bool le
     p->heads_together = clamp_count(p->heads_together, 1, p->B * p->HK / p->cluster);
 }
 
-/* The main kernel stores the gradient of the mask where each element of it belongs to one head, and to one batch or, as
- * a cluster, to all; where every key block meets every query block; and in the elements' type (bwd_sm90_share.cuh). */
-static bool stores_dmask(const fa_args *a, const fa_sm90_instance *f)
-{
-    const fa_tensor *d = &a->dmask;
-    int64_t B = a->q.size[0];
-    bool all = d->size[0] == B || B == 2 || B == 4 || B == 8, rows = d->stride[3] == 1 && (uintptr_t)d->data % 16 == 0;
-    for (int i = 0; i < 3; i++)
-        rows = rows && (d->size[i] <= 1 || (d->stride[i] % 8 == 0 && d->stride[i] < (int64_t)1 << 38));
-    return only_a_mask(a) && f == tiled_for(a) && d->data && d->dtype == a->q.dtype && all && rows &&
-           d->size[1] == a->q.size[1] && d->size[2] == a->q.size[2] && d->size[3] == a->k.size[2] &&
-           a->window_left < 0 && a->window_right < 0 && (a->dq.data || a->dk.data || a->dv.data);
-}
-
 /* resident: thread blocks that the device runs at the same time. */
 static void fill_band(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_instance *f, int resident)
 {
@@ -337,14 +318,6 @@ static fa_bwd_lengths lengths_of(const fa_tensor *t)
     return l;
 }
 
-static int32_t options_of(const fa_args *a, const fa_sm90_instance *f)
-{
-    bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
-    return (has_lengths(a) ? FA_MOD_LENGTHS : 0) | (is_packed(a) ? FA_MOD_PACKED : 0) | (bits ? FA_MOD_BITS : 0) |
-           (bias ? FA_MOD_BIAS : 0) | (has_tiles(a, f) ? FA_MOD_TILES : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) |
-           (a->alibi.data ? FA_MOD_ALIBI : 0) | (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
-}
-
 static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
     int64_t words[4];
@@ -361,6 +334,20 @@ static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f
     m->mask_key = stride_or_0(&a->mask, 3);
 }
 
+/* The main kernel stores the gradient of the mask where each element of it belongs to one head, and to one batch or, as
+ * a cluster, to all; and in the elements' type (bwd_sm90_share.cuh). */
+static bool stores_dmask(const fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
+{
+    const fa_tensor *d = &a->dmask;
+    int64_t B = a->q.size[0];
+    bool all = d->size[0] == B || (f->BM == 64 && f->BN / 16 % B == 0), rows = d->stride[3] == 1 && (uintptr_t)d->data % 16 == 0;
+    for (int i = 0; i < 3; i++)
+        rows = rows && (d->size[i] <= 1 || (d->stride[i] % 8 == 0 && d->stride[i] < (int64_t)1 << 38));
+    return m->options == FA_MOD_TILED && f->D <= 192 && d->data && d->dtype == a->q.dtype && all && rows &&
+           d->size[1] == a->q.size[1] && d->size[2] == a->q.size[2] && d->size[3] == a->k.size[2] &&
+           (a->dq.data || a->dk.data || a->dv.data);
+}
+
 static void fill_dmask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
     const fa_tensor *d = &a->dmask;
@@ -372,7 +359,7 @@ static void fill_dmask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *
     m->dmask_query = d->stride[2];
     m->dmask_key = d->stride[3];
     m->dmask_vectors = d->dtype != FA_F32 && rows_of_16_bytes(d, 1);
-    m->dmask_here = stores_dmask(a, f);
+    m->dmask_here = stores_dmask(m, a, f);
 }
 
 static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
@@ -405,12 +392,13 @@ static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 /* Without queries or without keys nothing is loaded. */
 static fa_status fill_maps(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_instance *f, fa_error *err)
 {
+    int row = 2 * f->BN / p->cluster; /* bytes of what a thread block stores of a mask's gradient */
     const fa_sm90_map maps[] = {{&a->q, f->BM, &p->q_map, p->q_steps},
                                 {&a->dout, f->BM, &p->dout_map, p->dout_steps},
                                 {&a->k, f->BN, &p->k_map, p->k_steps},
                                 {&a->v, f->BN, &p->v_map, p->v_steps},
                                 {&a->mask, f->BM, &p->mod.mask_map, p->mod.mask_steps},
-                                {&a->dmask, 64, &p->mod.dmask_map, p->mod.dmask_steps, true}};
+                                {&a->dmask, 64, &p->mod.dmask_map, p->mod.dmask_steps, row < 128 ? row : 128}};
     int n = !(p->mod.options & FA_MOD_TILES) ? 4 : p->mod.dmask_here ? 6 : 5;
     return fa_sm90_encode(f->name, maps, p->SQ == 0 || p->SK == 0 ? 0 : n, err);
 }
@@ -471,7 +459,7 @@ static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, con
 {
     if (a->mask.size[2] != p->SQ || a->mask.size[3] != p->SK || p->SQ == 0 || p->SK == 0)
         return fa_dmask_sm80_launch(a, rows, stream, err);
-    const fa_sm90_instance *f = instance_for(a, FA_KIND_DMASK);
+    const fa_sm90_instance *f = INSTANCES[FA_KIND_DMASK][a->q.dtype == FA_F16][place_for(a)];
     int processors;
     fa_status status = fa_sm90_prepare(f, &processors, err);
     if (status != FA_OK)

@@ -157,9 +157,9 @@ __device__ __forceinline__ void fa_take_tile(const fa_bwd_mod &mod, fa_bwd_sm90_
 {
     fa_mbar_wait(&sh.bar[FA_BAR_BIAS_FULL], t & 1);
     if (C::BM * C::BN * 4 <= C::BIAS_BYTES && mod.f32)
-        fa_add_tile_f32<C>(sh.mod.bias, s, fa_place_of(row, 0));
+        fa_add_tile_f32<C>(sh.bias, s, fa_place_of(row, 0));
     else
-        fa_add_tile<C>(sh.mod.bias, s, row + threadIdx.x / FA_WARP % 4 * 16);
+        fa_add_tile<C>(sh.bias, s, row + threadIdx.x / FA_WARP % 4 * 16);
     fa_warp_arrive(&sh.bar[FA_BAR_BIAS_EMPTY]);
 }
 
@@ -351,7 +351,7 @@ __device__ __forceinline__ void fa_load_bias(const fa_bwd_mod &mod, fa_bwd_sm90_
     fa_mbar_wait(&s.bar[FA_BAR_BIAS_EMPTY], at.t & 1 ^ 1);
     fa_mbar_expect(full, C::BN / columns * C::BM * 128);
     for (int panel = 0; panel < C::BN / columns; panel++)
-        fa_tma_load_4d(s.mod.bias + panel * (C::BM * 128), &mod.mask_map, full, u.walk.n * C::BN + panel * columns,
+        fa_tma_load_4d(s.bias + panel * (C::BM * 128), &mod.mask_map, full, u.walk.n * C::BN + panel * columns,
                        at.m * C::BM, at.head * mod.mask_steps[0], u.b * mod.mask_steps[1]);
 }
 

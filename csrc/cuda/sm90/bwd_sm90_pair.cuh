@@ -9,7 +9,7 @@
 template <class C> __device__ __forceinline__ uint4 *fa_pair_place(fa_bwd_sm90_shared<C> &sh)
 {
     constexpr int one = C::BM / 16 * FA_WARPGROUP;
-    return (uint4 *)sh.mod.bias + (threadIdx.x / FA_WARPGROUP - FA_WARPGROUP_FIRST) * one + threadIdx.x % FA_WARPGROUP;
+    return (uint4 *)sh.bias + (threadIdx.x / FA_WARPGROUP - FA_WARPGROUP_FIRST) * one + threadIdx.x % FA_WARPGROUP;
 }
 
 /* s holds S of step t; w <- P. */

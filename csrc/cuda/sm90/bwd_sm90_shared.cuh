@@ -25,6 +25,9 @@ template <typename T_, int D_, int DV_, int BM_, int BN_, int OPTIONS_> struct f
     static constexpr int THREADS = 4 * FA_WARPGROUP;
     /* bytes for a tile of a float mask: less than fp32 takes where BM = 128, none where D = 256 */
     static constexpr int BIAS_BYTES = !TILES ? 0 : !SPLIT ? 32768 : D <= 192 ? 16384 : 0;
+    static constexpr int RANKS = !SHARES ? 0 : BM == 64 ? BN / 16 : 1; /* at most, in a cluster */
+    /* what is staged, and two stages of what comes from other ranks */
+    static constexpr int SHARED_DS_BYTES = SHARES ? BM * BN * 2 / RANKS * (2 * RANKS - 1) : 0;
     static constexpr int PRODUCER_REGISTERS = SHARES ? 32 : 24, CONSUMER_REGISTERS = SHARES ? 208 : 208, DQ_REGISTERS = SHARES ? 64 : 72;
 };
 
@@ -62,7 +65,7 @@ enum fa_bwd_bar {
     FA_BAR_BIAS_EMPTY,
     FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
     FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
-    FA_BAR_SHARED_FULL, /* dS of other thread blocks, SHARES only */
+    FA_BAR_SHARED_FULL, FA_BAR_SHARED_FULL_1, /* dS of other thread blocks, SHARES only */
     FA_BARS
 };
 
@@ -79,9 +82,6 @@ template <class C> struct fa_bwd_mod_shared<C, true> {
     const void *mask[2];                             /* element (0, 0) of a float mask */
     int head[2];
     float slope[2];                                  /* ALiBi, in units of log2 */
-    /* a tile of a float mask, rows of 128 bytes: its rows are queries, its columns keys */
-    alignas(C::BIAS_BYTES ? 1024 : 16) unsigned char bias[C::BIAS_BYTES ? C::BIAS_BYTES : 16];
-    alignas(C::SHARES ? 1024 : 16) unsigned char shared_ds[C::SHARES ? C::BM * C::BN * 2 : 16]; /* bwd_sm90_share.cuh */
 };
 
 /* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. ds: rows are keys, columns queries. */
@@ -91,8 +91,11 @@ template <class C> struct fa_bwd_sm90_shared {
     alignas(1024) typename C::T q[C::STAGES][C::BM * C::D];
     alignas(1024) typename C::T dout[C::STAGES][C::BM * C::DV];
     alignas(1024) typename C::T ds[2][C::BM * C::BN];
+    /* a tile of a float mask, rows of 128 bytes: its rows are queries, its columns keys */
+    alignas(C::BIAS_BYTES ? 1024 : 16) unsigned char bias[C::BIAS_BYTES ? C::BIAS_BYTES : 16];
+    alignas(C::SHARES ? 1024 : 16) unsigned char shared_ds[C::SHARES ? C::SHARED_DS_BYTES : 16];
     /* P, SPLIT only: [stage][i][thread] holds registers 4 i .. 4 i + 3 */
-    alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][FA_WARPGROUP];
+    alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][C::SPLIT ? FA_WARPGROUP : 1];
     alignas(16) float lse[C::STAGES][C::BM];
     alignas(16) float delta[C::STAGES][C::BM];
     int query[C::STAGES];    /* first query of the block in this stage */

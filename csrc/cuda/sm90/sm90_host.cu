@@ -71,12 +71,16 @@ static bool encode_map(encode_fn *encode, const fa_sm90_map *m)
         if (i > 0)
             m->steps[i - 1] = still ? 0 : 1;
     }
-    cuuint32_t box[4] = {(cuuint32_t)((m->narrow ? 32 : 128) / width), (cuuint32_t)m->rows, 1, 1}, one[4] = {1, 1, 1, 1};
+    int row_bytes = m->row_bytes ? m->row_bytes : 128;
+    cuuint32_t box[4] = {(cuuint32_t)(row_bytes / width), (cuuint32_t)m->rows, 1, 1}, one[4] = {1, 1, 1, 1};
+    CUtensorMapSwizzle swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                 : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
     CUtensorMapDataType type = t->dtype == FA_F32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                : t->dtype == FA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     return encode(m->map, type, 4, t->data, size, stride, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  m->narrow ? CU_TENSOR_MAP_SWIZZLE_32B : CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
