@@ -46,12 +46,30 @@ __device__ __forceinline__ void fa_tma_load_4d(void *to, const CUtensorMap *map,
                  : "memory");
 }
 
+/* What is read or written once may leave the second-level cache first. */
+__device__ __forceinline__ uint64_t fa_policy_once(void)
+{
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void fa_tma_load_4d_once(void *to, const CUtensorMap *map, uint64_t *bar, int32_t x0,
+                                                    int32_t x1, int32_t x2, int32_t x3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+                 " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(fa_shared_address(to)),
+                 "l"(map), "r"(fa_shared_address(bar)), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "l"(fa_policy_once())
+                 : "memory");
+}
+
 /* The other way; what lies outside the tensor is left out. `from`: address in the shared window. Committed in groups. */
 __device__ __forceinline__ void fa_tma_store_4d(const CUtensorMap *map, uint32_t from, int32_t x0, int32_t x1,
                                                 int32_t x2, int32_t x3)
 {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-                 "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint"
+                 " [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(map),
+                 "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "l"(fa_policy_once())
                  : "memory");
 }
 

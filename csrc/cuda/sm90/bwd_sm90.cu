@@ -2,6 +2,10 @@
 #include "bwd_sm90.h"
 
 #include <cuda_runtime.h>
+#ifdef FA_TUNE
+#include <stdio.h>
+#include <stdlib.h>
+#endif
 
 #include "../../common/fa_philox.h"
 #include "../cuda.h"
@@ -259,14 +263,24 @@ static int32_t heads_in_turn(const fa_bwd_sm90_params *p, const fa_sm90_instance
 static void fill_order(fa_bwd_sm90_params *p, const fa_sm90_instance *f, bool left, bool right, int32_t resident)
 {
     bool lengths = p->mod.options & FA_MOD_LENGTHS; /* not every key block sees every query block */
-    bool up = right && !left && !lengths && p->SK <= 1024 && p->k_blocks <= resident;
-    p->order = up ? FA_BWD_UP : left || right || lengths ? FA_BWD_DOWN : FA_BWD_ROTATE;
+    bool up = right && !left && !lengths && p->SK <= 1024 && p->k_blocks <= resident, split = p->cluster > 1;
+    p->order = up ? FA_BWD_UP : left || right || lengths || split ? FA_BWD_DOWN : FA_BWD_ROTATE;
+#ifdef FA_TUNE
+    if (getenv("FA_ORDER") && split) p->order = atoi(getenv("FA_ORDER"));
+#endif
     p->ring = p->order == FA_BWD_DOWN ? 1 : clamp_count(p->k_blocks, 1, resident);
     p->heads_together = p->order == FA_BWD_DOWN ? heads_in_turn(p, f) : 1;
     if (p->order == FA_BWD_ROTATE) {
         p->ring = clamp_count(p->q_blocks / 2, 1, p->ring); /* key blocks that follow each other are two steps apart */
         p->heads_together = resident / p->ring;
     }
+    if (split && p->order == FA_BWD_DOWN)
+        p->heads_together /= p->cluster;
+#ifdef FA_TUNE
+    if (getenv("FA_RING") && split && p->order == FA_BWD_ROTATE) { p->ring = atoi(getenv("FA_RING")); p->heads_together = resident / p->ring; }
+    if (getenv("FA_TOGETHER") && split) p->heads_together = atoi(getenv("FA_TOGETHER"));
+    if (getenv("FA_PRINT")) printf("cluster %d resident %d order %d ring %d together %d\n", p->cluster, resident, p->order, p->ring, p->heads_together), fflush(stdout);
+#endif
     p->heads_together = clamp_count(p->heads_together, 1, p->B * p->HK / p->cluster);
 }
 
@@ -332,6 +346,7 @@ static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f
     m->mask_head = stride_or_0(&a->mask, 1);
     m->mask_query = stride_or_0(&a->mask, 2);
     m->mask_key = stride_or_0(&a->mask, 3);
+    m->mask_once = (a->q.size[0] == 1 || m->mask_batch != 0) && (a->q.size[1] == 1 || m->mask_head != 0);
 }
 
 /* The main kernel stores the gradient of the mask where each element of it belongs to one head, and to one batch or, as

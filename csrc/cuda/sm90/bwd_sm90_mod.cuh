@@ -350,9 +350,15 @@ __device__ __forceinline__ void fa_load_bias(const fa_bwd_mod &mod, fa_bwd_sm90_
     int columns = mod.f32 ? 32 : 64; /* of a panel */
     fa_mbar_wait(&s.bar[FA_BAR_BIAS_EMPTY], at.t & 1 ^ 1);
     fa_mbar_expect(full, C::BN / columns * C::BM * 128);
-    for (int panel = 0; panel < C::BN / columns; panel++)
-        fa_tma_load_4d(s.bias + panel * (C::BM * 128), &mod.mask_map, full, u.walk.n * C::BN + panel * columns,
-                       at.m * C::BM, at.head * mod.mask_steps[0], u.b * mod.mask_steps[1]);
+    for (int panel = 0; panel < C::BN / columns; panel++) {
+        unsigned char *to = s.bias + panel * (C::BM * 128);
+        int key = u.walk.n * C::BN + panel * columns, query = at.m * C::BM;
+        int head = at.head * mod.mask_steps[0], batch = u.b * mod.mask_steps[1];
+        if (mod.mask_once)
+            fa_tma_load_4d_once(to, &mod.mask_map, full, key, query, head, batch);
+        else
+            fa_tma_load_4d(to, &mod.mask_map, full, key, query, head, batch);
+    }
 }
 
 /* Bytes that fa_load_bits copies. */

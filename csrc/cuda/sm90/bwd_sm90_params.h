@@ -79,6 +79,7 @@ typedef struct fa_bwd_mod {
     bool f32;
     CUtensorMap mask_map; /* TILES: dimensions (SK, SQ, H, B) */
     int32_t mask_steps[2];
+    bool mask_once; /* no tile of it is read twice */
     void *dmask; /* its gradient, of the same type; NULL: not wanted */
     int64_t dmask_batch, dmask_head, dmask_query, dmask_key;
     int32_t dmask_batches, dmask_heads; /* its sizes */
