@@ -63,7 +63,7 @@ template <int R> __device__ __forceinline__ void fa_wgmma_hold(uint32_t (&d)[R])
 
 __device__ __forceinline__ uint32_t fa_wgmma_descriptor(const void *p, uint32_t panel)
 {
-    return (fa_shared_address(p) & 0x3ffff) >> 4 | panel >> 4 << 16; /* in a cluster its rank lies above */
+    return fa_shared_address(p) >> 4 | panel >> 4 << 16;
 }
 
 /* All 64 bits: for kernels that have registers for them, fewer instructions than putting the halves together. */

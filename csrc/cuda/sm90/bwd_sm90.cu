@@ -2,10 +2,6 @@
 #include "bwd_sm90.h"
 
 #include <cuda_runtime.h>
-#ifdef FA_TUNE
-#include <stdio.h>
-#include <stdlib.h>
-#endif
 
 #include "../../common/fa_philox.h"
 #include "../cuda.h"
@@ -263,25 +259,15 @@ static int32_t heads_in_turn(const fa_bwd_sm90_params *p, const fa_sm90_instance
 static void fill_order(fa_bwd_sm90_params *p, const fa_sm90_instance *f, bool left, bool right, int32_t resident)
 {
     bool lengths = p->mod.options & FA_MOD_LENGTHS; /* not every key block sees every query block */
-    bool up = right && !left && !lengths && p->SK <= 1024 && p->k_blocks <= resident, split = p->cluster > 1;
-    p->order = up ? FA_BWD_UP : left || right || lengths || split ? FA_BWD_DOWN : FA_BWD_ROTATE;
-#ifdef FA_TUNE
-    if (getenv("FA_ORDER") && split) p->order = atoi(getenv("FA_ORDER"));
-#endif
+    bool up = right && !left && !lengths && p->SK <= 1024 && p->k_blocks <= resident;
+    p->order = up ? FA_BWD_UP : left || right || lengths ? FA_BWD_DOWN : FA_BWD_ROTATE;
     p->ring = p->order == FA_BWD_DOWN ? 1 : clamp_count(p->k_blocks, 1, resident);
     p->heads_together = p->order == FA_BWD_DOWN ? heads_in_turn(p, f) : 1;
     if (p->order == FA_BWD_ROTATE) {
         p->ring = clamp_count(p->q_blocks / 2, 1, p->ring); /* key blocks that follow each other are two steps apart */
         p->heads_together = resident / p->ring;
     }
-    if (split && p->order == FA_BWD_DOWN)
-        p->heads_together /= p->cluster;
-#ifdef FA_TUNE
-    if (getenv("FA_RING") && split && p->order == FA_BWD_ROTATE) { p->ring = atoi(getenv("FA_RING")); p->heads_together = resident / p->ring; }
-    if (getenv("FA_TOGETHER") && split) p->heads_together = atoi(getenv("FA_TOGETHER"));
-    if (getenv("FA_PRINT")) printf("cluster %d resident %d order %d ring %d together %d\n", p->cluster, resident, p->order, p->ring, p->heads_together), fflush(stdout);
-#endif
-    p->heads_together = clamp_count(p->heads_together, 1, p->B * p->HK / p->cluster);
+    p->heads_together = clamp_count(p->heads_together, 1, p->B * p->HK);
 }
 
 /* resident: thread blocks that the device runs at the same time. */
@@ -349,18 +335,19 @@ static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f
     m->mask_once = (a->q.size[0] == 1 || m->mask_batch != 0) && (a->q.size[1] == 1 || m->mask_head != 0);
 }
 
-/* The main kernel stores the gradient of the mask where each element of it belongs to one head, and to one batch or, as
- * a cluster, to all; and in the elements' type (bwd_sm90_share.cuh). */
+/* The main kernel stores the gradient of the mask where an element of it belongs to one head and batch, and has the type
+ * of q (bwd_sm90_ds.cuh). */
 static bool stores_dmask(const fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
     const fa_tensor *d = &a->dmask;
-    int64_t B = a->q.size[0];
-    bool all = d->size[0] == B || (f->BM == 64 && f->BN / 16 % B == 0), rows = d->stride[3] == 1 && (uintptr_t)d->data % 16 == 0;
+    const int64_t size[4] = {a->q.size[0], a->q.size[1], a->q.size[2], a->k.size[2]};
+    bool ok = m->options == FA_MOD_TILED && f->D <= 192 && d->dtype == a->q.dtype && d->stride[3] == 1 &&
+              (uintptr_t)d->data % 16 == 0 && (a->dq.data || a->dk.data || a->dv.data);
+    for (int i = 0; i < 4; i++)
+        ok = ok && d->size[i] == size[i];
     for (int i = 0; i < 3; i++)
-        rows = rows && (d->size[i] <= 1 || (d->stride[i] % 8 == 0 && d->stride[i] < (int64_t)1 << 38));
-    return m->options == FA_MOD_TILED && f->D <= 192 && d->data && d->dtype == a->q.dtype && all && rows &&
-           d->size[1] == a->q.size[1] && d->size[2] == a->q.size[2] && d->size[3] == a->k.size[2] &&
-           (a->dq.data || a->dk.data || a->dv.data);
+        ok = ok && (d->size[i] <= 1 || (d->stride[i] > 0 && d->stride[i] % 8 == 0 && d->stride[i] < (int64_t)1 << 38));
+    return ok;
 }
 
 static void fill_dmask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
@@ -407,54 +394,25 @@ static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 /* Without queries or without keys nothing is loaded. */
 static fa_status fill_maps(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_instance *f, fa_error *err)
 {
-    int row = 2 * f->BN / p->cluster; /* bytes of what a thread block stores of a mask's gradient */
     const fa_sm90_map maps[] = {{&a->q, f->BM, &p->q_map, p->q_steps},
                                 {&a->dout, f->BM, &p->dout_map, p->dout_steps},
                                 {&a->k, f->BN, &p->k_map, p->k_steps},
                                 {&a->v, f->BN, &p->v_map, p->v_steps},
                                 {&a->mask, f->BM, &p->mod.mask_map, p->mod.mask_steps},
-                                {&a->dmask, 64, &p->mod.dmask_map, p->mod.dmask_steps, row < 128 ? row : 128}};
+                                {&a->dmask, 64, &p->mod.dmask_map, p->mod.dmask_steps}};
     int n = !(p->mod.options & FA_MOD_TILES) ? 4 : p->mod.dmask_here ? 6 : 5;
     return fa_sm90_encode(f->name, maps, p->SQ == 0 || p->SK == 0 ? 0 : n, err);
 }
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-/* A launch of `blocks` thread blocks in clusters; at: where what it needs is kept. */
-static cudaLaunchConfig_t config_of(const fa_sm90_instance *f, int64_t blocks, int cluster, cudaLaunchAttribute *at)
-{
-    cudaLaunchConfig_t c = {};
-    at->id = cudaLaunchAttributeClusterDimension;
-    at->val.clusterDim = {(unsigned)cluster, 1, 1};
-    c.gridDim = dim3((unsigned)blocks);
-    c.blockDim = dim3((unsigned)f->threads);
-    c.dynamicSmemBytes = (size_t)f->shared_bytes;
-    c.attrs = at;
-    c.numAttrs = cluster > 1 ? 1 : 0;
-    return c;
-}
-
-static cudaError_t launch(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, int64_t blocks, int cluster,
-                          cudaStream_t stream)
+static cudaError_t launch(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, int64_t blocks, cudaStream_t stream)
 {
     if (blocks == 0)
         return cudaSuccess;
     void *arguments[] = {(void *)p};
-    cudaLaunchAttribute at;
-    cudaLaunchConfig_t c = config_of(f, blocks, cluster, &at);
-    c.stream = stream;
-    return cudaLaunchKernelExC(&c, f->kernel, arguments);
-}
-
-/* How many clusters of the kernel the device runs at the same time. */
-static fa_status count_clusters(const fa_sm90_instance *f, int cluster, int *resident, fa_error *err)
-{
-    if (cluster == 1)
-        return FA_OK;
-    cudaLaunchAttribute at;
-    cudaLaunchConfig_t c = config_of(f, cluster, cluster, &at);
-    cudaError_t e = cudaOccupancyMaxActiveClusters(resident, f->kernel, &c);
-    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+    dim3 grid((unsigned)blocks), block((unsigned)f->threads);
+    return cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
 }
 
 static fa_status launch_gradients(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, cudaStream_t stream,
@@ -462,7 +420,7 @@ static fa_status launch_gradients(const fa_bwd_sm90_params *p, const fa_sm90_ins
 {
     if (!p->dq.data && !p->dk.data && !p->dv.data)
         return FA_OK;
-    cudaError_t e = launch(p, f, (int64_t)p->B * p->HK * p->k_blocks, p->cluster, stream);
+    cudaError_t e = launch(p, f, (int64_t)p->B * p->HK * p->k_blocks, stream);
     if (e == cudaSuccess && p->dq.data)
         e = fa_bwd_post_launch(p, f->dtype, f->D, stream);
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
@@ -479,8 +437,9 @@ static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, con
     fa_status status = fa_sm90_prepare(f, &processors, err);
     if (status != FA_OK)
         return status;
-    int64_t tiles = a->mask.size[0] * a->mask.size[1] * blocks_of(p->SQ, f->BM) * blocks_of(p->SK, f->BN);
-    cudaError_t e = launch(p, f, tiles < processors ? tiles : processors, 1, stream);
+    int64_t pairs = a->mask.size[0] * a->mask.size[1] * blocks_of(p->SQ, 2 * f->BM) * blocks_of(p->SK, f->BN);
+    int64_t clusters = processors / 2; /* of two thread blocks, for a pair of tiles */
+    cudaError_t e = launch(p, f, 2 * (pairs < clusters ? pairs : clusters), stream);
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
@@ -500,10 +459,6 @@ static fa_status fill(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm90_ins
 {
     fill_sizes(p, a, f);
     fill_mod(&p->mod, a, f);
-    p->cluster = p->mod.dmask_here && a->dmask.size[0] == 1 ? p->B : 1;
-    fa_status status = count_clusters(f, p->cluster, &processors, err);
-    if (status != FA_OK)
-        return status;
     fill_band(p, a, f, processors);
     fill_memory(p, a, f, workspace);
     return fill_maps(p, a, f, err);

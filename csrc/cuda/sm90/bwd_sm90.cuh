@@ -15,8 +15,8 @@
 
 #include "bwd_sm90_copy.cuh"
 #include "bwd_sm90_dq.cuh"
+#include "bwd_sm90_ds.cuh"
 #include "bwd_sm90_pair.cuh"
-#include "bwd_sm90_share.cuh"
 #include "bwd_sm90_split.cuh"
 
 /* ---- producer: one thread starts every copy ---------------------------------------------------------------------- */
@@ -87,7 +87,7 @@ __device__ __forceinline__ void fa_produce(const fa_bwd_sm90_params &p, fa_bwd_s
 template <class C> __device__ __forceinline__ void fa_init_barriers(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s)
 {
     constexpr int one = FA_WARPGROUP / FA_WARP, both = 2 * one; /* one arrival for each warp */
-    int shares = C::SHARES && p.mod.dmask_here ? p.cluster : 0; /* and one for each thread block that takes dS */
+    int stores_ds = C::STORES_DS && p.mod.dmask_here;
     fa_mbar_init(&s.bar[FA_BAR_K_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_V_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_BIAS_FULL], 1);
@@ -100,30 +100,21 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(const fa_bwd
         fa_mbar_init(&s.bar[FA_BAR_DO_FULL + i], 1);
         fa_mbar_init(&s.bar[FA_BAR_EMPTY + i], both);
         fa_mbar_init(&s.bar[FA_BAR_DS_FULL + i], C::SPLIT ? one : both);
-        fa_mbar_init(&s.bar[FA_BAR_DS_EMPTY + i], one + shares);
+        fa_mbar_init(&s.bar[FA_BAR_DS_EMPTY + i], one + stores_ds);
         fa_mbar_init(&s.bar[FA_BAR_P_FULL + i], one);
         fa_mbar_init(&s.bar[FA_BAR_P_EMPTY + i], one);
         fa_mbar_init(&s.bar[FA_BAR_ADDED + i], one);
-        fa_mbar_init(&s.bar[FA_BAR_SHARED_FULL + i], 1);
     }
     fa_mbar_fence_init();
-}
-
-template <class C> __device__ __forceinline__ void fa_sync_all(const fa_bwd_sm90_params &p)
-{
-    if (C::SHARES && p.cluster > 1)
-        fa_cluster_sync();
-    else
-        __syncthreads();
 }
 
 template <class C>
 __device__ __forceinline__ void fa_serve(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s, const fa_bwd_unit &u)
 {
     int warp = __shfl_sync(0xffffffff, threadIdx.x / FA_WARP, 0);
-    if constexpr (C::SHARES) {
-        if (warp == FA_WARP_SHARE && p.mod.dmask_here)
-            fa_share_ds<C>(p, s, u);
+    if constexpr (C::STORES_DS) {
+        if (warp == FA_WARP_DS && p.mod.dmask_here)
+            fa_store_mask_gradient<C>(p, s, u);
     }
     if (threadIdx.x % FA_WARP != 0 || u.steps == 0)
         return;
@@ -144,7 +135,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) fa_bwd_sm90_kernel(const __grid
     fa_bwd_unit u = fa_bwd_unit_of<C>(p);
     if (threadIdx.x == 0)
         fa_init_barriers(p, s);
-    fa_sync_all<C>(p);
+    __syncthreads();
     if (warpgroup == FA_WARPGROUP_PRODUCER) {
         fa_registers_shrink<C::PRODUCER_REGISTERS>();
         fa_serve<C>(p, s, u);
@@ -161,8 +152,6 @@ __global__ void __launch_bounds__(C::THREADS, 1) fa_bwd_sm90_kernel(const __grid
         else
             fa_consume_for_keys<C>(p, s, u);
     }
-    if (C::SHARES && p.cluster > 1) /* the others may still read from here */
-        fa_cluster_sync();
 }
 
 #endif

@@ -84,7 +84,7 @@ typedef struct fa_bwd_mod {
     int64_t dmask_batch, dmask_head, dmask_query, dmask_key;
     int32_t dmask_batches, dmask_heads; /* its sizes */
     bool dmask_vectors;                 /* of 16 bytes along the keys can be stored */
-    bool dmask_here;      /* the main kernel stores it (bwd_sm90_share.cuh) */
+    bool dmask_here;      /* the main kernel stores it (bwd_sm90_ds.cuh) */
     CUtensorMap dmask_map; /* then: dimensions (SK, SQ, H, B) */
     int32_t dmask_steps[2];
     float cap, cap_scale; /* CAP: scores are cap * tanh(cap_scale * q k), in units of log2 */
@@ -111,7 +111,6 @@ typedef struct fa_bwd_sm90_params {
     int32_t B, HQ, HK, group, SQ, SK, D, DV;
     int32_t q_blocks, k_blocks, BM, BN;
     int32_t order, ring, heads_together; /* key blocks in a ring; heads whose thread blocks start in turn */
-    int32_t cluster; /* thread blocks in a cluster: 1, or B, one for each batch */
     int32_t lo_shift, hi_shift;
     float scale, scale_log2; /* scale, scale * log2 e */
     fa_bwd_mod mod;

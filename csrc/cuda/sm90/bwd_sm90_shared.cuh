@@ -17,7 +17,7 @@ template <typename T_, int D_, int DV_, int BM_, int BN_, int OPTIONS_> struct f
     static constexpr int D = D_, DV = DV_, BM = BM_, BN = BN_;
     static constexpr int OPTIONS = OPTIONS_;
     static constexpr bool MOD = OPTIONS != 0, BITS = OPTIONS & FA_MOD_BITS, TILES = OPTIONS & FA_MOD_TILES;
-    static constexpr bool SHARES = OPTIONS == FA_MOD_TILED; /* dS may go to the mask's gradient (bwd_sm90_share.cuh) */
+    static constexpr bool STORES_DS = OPTIONS == FA_MOD_TILED; /* where it is the mask's gradient (bwd_sm90_ds.cuh) */
     static constexpr bool SPLIT = BN == 64;
     static constexpr bool KEYS_FROM_SHARED = D > 64;
     static constexpr int STAGES = 2;               /* blocks of Q and of dO in flight */
@@ -25,10 +25,8 @@ template <typename T_, int D_, int DV_, int BM_, int BN_, int OPTIONS_> struct f
     static constexpr int THREADS = 4 * FA_WARPGROUP;
     /* bytes for a tile of a float mask: less than fp32 takes where BM = 128, none where D = 256 */
     static constexpr int BIAS_BYTES = !TILES ? 0 : !SPLIT ? 32768 : D <= 192 ? 16384 : 0;
-    static constexpr int RANKS = !SHARES ? 0 : BM == 64 ? BN / 16 : 1; /* at most, in a cluster */
-    /* what is staged, and two stages of what comes from other ranks */
-    static constexpr int SHARED_DS_BYTES = SHARES ? BM * BN * 2 / RANKS * (2 * RANKS - 1) : 0;
-    static constexpr int PRODUCER_REGISTERS = SHARES ? 32 : 24, CONSUMER_REGISTERS = SHARES ? 208 : 208, DQ_REGISTERS = SHARES ? 64 : 72;
+    static constexpr int PRODUCER_REGISTERS = STORES_DS ? 32 : 24, CONSUMER_REGISTERS = 208;
+    static constexpr int DQ_REGISTERS = STORES_DS ? 64 : 72;
 };
 
 /* Does the call have one of these? */
@@ -38,7 +36,7 @@ template <class C> __device__ __forceinline__ bool fa_has(const fa_bwd_mod &mod,
 }
 
 enum { FA_WARPGROUP_PRODUCER, FA_WARPGROUP_FIRST, FA_WARPGROUP_SECOND, FA_WARPGROUP_DQ };
-enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL, FA_WARP_SHARE }; /* of the producer warpgroup */
+enum { FA_WARP_LOAD, FA_WARP_TURN, FA_WARP_SIGNAL, FA_WARP_DS }; /* of the producer warpgroup */
 
 enum { FA_BAR_ALONE = 1 }; /* named barriers FA_BAR_ALONE + 1 .. 3: of one warpgroup alone */
 
@@ -65,7 +63,6 @@ enum fa_bwd_bar {
     FA_BAR_BIAS_EMPTY,
     FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
     FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
-    FA_BAR_SHARED_FULL, FA_BAR_SHARED_FULL_1, /* dS of other thread blocks, SHARES only */
     FA_BARS
 };
 
@@ -93,7 +90,7 @@ template <class C> struct fa_bwd_sm90_shared {
     alignas(1024) typename C::T ds[2][C::BM * C::BN];
     /* a tile of a float mask, rows of 128 bytes: its rows are queries, its columns keys */
     alignas(C::BIAS_BYTES ? 1024 : 16) unsigned char bias[C::BIAS_BYTES ? C::BIAS_BYTES : 16];
-    alignas(C::SHARES ? 1024 : 16) unsigned char shared_ds[C::SHARES ? C::SHARED_DS_BYTES : 16];
+    alignas(C::STORES_DS ? 1024 : 16) unsigned char staged[C::STORES_DS ? C::BM * C::BN * 2 : 16]; /* of the mask's gradient */
     /* P, SPLIT only: [stage][i][thread] holds registers 4 i .. 4 i + 3 */
     alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][C::SPLIT ? FA_WARPGROUP : 1];
     alignas(16) float lse[C::STAGES][C::BM];
@@ -117,18 +114,17 @@ struct fa_bwd_unit {
 };
 
 /* Thread blocks in the order in which they start: sets of `heads_together` heads; in a set, the first `ring` key blocks
- * of each head, the next of each, ... A cluster counts as one of them. */
+ * of each head, the next of each, ... */
 template <class C> __device__ __forceinline__ fa_bwd_unit fa_bwd_unit_of(const fa_bwd_sm90_params &p)
 {
-    int cluster = C::SHARES ? p.cluster : 1, heads = p.B * p.HK / cluster, index = blockIdx.x / cluster;
-    int set = index / (p.heads_together * p.k_blocks), first = set * p.heads_together;
-    int at = index - first * p.k_blocks, members = min(p.heads_together, heads - first);
+    int heads = p.B * p.HK, set = blockIdx.x / (p.heads_together * p.k_blocks), first = set * p.heads_together;
+    int at = blockIdx.x - first * p.k_blocks, members = min(p.heads_together, heads - first);
     int ring0 = at / (members * p.ring) * p.ring, size = min(p.ring, p.k_blocks - ring0);
     at -= members * ring0;
-    int head = (first + at / size) * cluster + blockIdx.x % cluster;
+    int head = first + at / size;
     fa_bwd_unit u;
     int n = ring0 + at % size;
-    if (C::SHARES && p.mod.mask_batch == 0) { /* what shares a tile of the mask is at work together */
+    if (C::STORES_DS && p.mod.mask_batch == 0) { /* what shares a tile of the mask is at work together */
         u.hk = head / p.B;
         u.b = head - u.hk * p.B;
     } else {

@@ -29,14 +29,24 @@ fa_status fa_sm90_refuse(fa_error *err, const char *what, const char *why)
     return FA_ERR_UNSUPPORTED;
 }
 
+/* The runtime keeps an instance's shared memory for each device, so that only the first of equal calls asks for it. */
 fa_status fa_sm90_prepare(const fa_sm90_instance *f, int *processors, fa_error *err)
 {
+    static thread_local struct {
+        const fa_sm90_instance *f;
+        int device, processors;
+    } last;
     int device;
     cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
-    if (e == cudaSuccess)
-        e = cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, f->shared_bytes);
+    if (e == cudaSuccess && (last.f != f || last.device != device)) {
+        last = {NULL, device, 0};
+        e = cudaDeviceGetAttribute(&last.processors, cudaDevAttrMultiProcessorCount, device);
+        if (e == cudaSuccess)
+            e = cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, f->shared_bytes);
+        if (e == cudaSuccess)
+            last.f = f;
+    }
+    *processors = last.processors;
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
@@ -71,22 +81,18 @@ static bool encode_map(encode_fn *encode, const fa_sm90_map *m)
         if (i > 0)
             m->steps[i - 1] = still ? 0 : 1;
     }
-    int row_bytes = m->row_bytes ? m->row_bytes : 128;
-    cuuint32_t box[4] = {(cuuint32_t)(row_bytes / width), (cuuint32_t)m->rows, 1, 1}, one[4] = {1, 1, 1, 1};
-    CUtensorMapSwizzle swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                 : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
+    cuuint32_t box[4] = {(cuuint32_t)(128 / width), (cuuint32_t)m->rows, 1, 1}, one[4] = {1, 1, 1, 1};
     CUtensorMapDataType type = t->dtype == FA_F32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                : t->dtype == FA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     return encode(m->map, type, 4, t->data, size, stride, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 fa_status fa_sm90_encode(const char *kernel, const fa_sm90_map *maps, int n, fa_error *err)
 {
-    encode_fn *encode = find_encode();
+    static encode_fn *const encode = find_encode();
     if (!encode)
         return fa_sm90_refuse(err, kernel, "the driver has no cuTensorMapEncodeTiled; it must be of CUDA 12.0 or later");
     for (int i = 0; i < n; i++)

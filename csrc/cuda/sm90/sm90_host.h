@@ -29,14 +29,13 @@ bool fa_sm90_is_plain(const fa_args *a);
 /* The range of keys that query i sees: i + *lo_shift <= j < i + *hi_shift. */
 void fa_sm90_band(const fa_args *a, int32_t *lo_shift, int32_t *hi_shift);
 
-/* A view (B, H, S, D) in boxes of `rows` rows and 128 bytes of columns, or `row_bytes`, swizzled. A dimension with stride 0 has size 1
+/* A view (B, H, S, D) in boxes of `rows` rows and 128 bytes of columns, swizzled. A dimension with stride 0 has size 1
  * in the map and its coordinate never moves; steps: of head and batch. */
 typedef struct fa_sm90_map {
     const fa_tensor *t;
     int rows;
     CUtensorMap *map;
     int32_t *steps;
-    int row_bytes; /* 0: 128 */
 } fa_sm90_map;
 
 fa_status fa_sm90_encode(const char *kernel, const fa_sm90_map *maps, int n, fa_error *err);
