@@ -2,6 +2,7 @@
 the other files, whose tests run on every device."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -408,14 +409,60 @@ def test_tensors_on_several_devices_are_refused():
         SDPA(query, key, value, kv_seqlens=torch.tensor([3], device="cpu"))
 
 
+def trained(dtype, D, **options):
+    """A call and its gradients, of tensors that are the same on every device."""
+    def run(device):
+        draw = torch.Generator().manual_seed(5)
+        given = [torch.randn(2, 4, 190, D, generator=draw).to(device, dtype).requires_grad_() for _ in range(3)]
+        on = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        out = SDPA(*given, **on)
+        return out.detach(), *torch.autograd.grad(out.float().square().sum(), given)
+    return run
+
+
+def decoded(device):
+    draw = torch.Generator().manual_seed(6)
+    query, k, v, new_k, new_v = (torch.randn(*shape, generator=draw).to(device, torch.bfloat16) for shape in (
+        (3, 1, 4, 64), (3, 700, 2, 64), (3, 700, 2, 64), (3, 1, 2, 64), (3, 1, 2, 64)))
+    lengths = torch.tensor([600, 1, 650], device=device)
+    return fa.decode_attention(query, k, v, lengths, k_new=new_k, v_new=new_v), k, v
+
+
+def packed(device):
+    draw = torch.Generator().manual_seed(7)
+    given = [torch.randn(150, 2, 64, generator=draw).to(device, torch.bfloat16).requires_grad_() for _ in range(3)]
+    cu = torch.tensor([0, 40, 150], dtype=torch.int32, device=device)
+    out = fa.varlen_attn(*given, cu, cu, 110, 110)
+    return out.detach(), *torch.autograd.grad(out.float().square().sum(), given)
+
+
+def merged(device):
+    draw = torch.Generator().manual_seed(8)
+    halves = [torch.randn(2, 30, 4, *d, generator=draw).to(device) for d in ((64,), (), (64,), ())]
+    return fa.merge_attention(*halves)
+
+
+ON_DEVICES = {
+    "plain": trained(torch.bfloat16, 64, is_causal=True),
+    "mask": trained(torch.bfloat16, 128, attn_mask=torch.rand(190, 190, device="cpu") > 0.3),
+    "lengths": trained(torch.float16, 256, kv_seqlens=torch.tensor([30, 190], device="cpu")),
+    "float32": trained(torch.float32, 64, softcap=3.0),
+    "float64": trained(torch.float64, 16),
+    "decode": decoded, "packed": packed, "merge": merged,
+}
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current_one():
-    query, key, value = torch.randn(3, 1, 2, 90, 64)
-    other = [x.to("cuda:1").requires_grad_() for x in (query, key, value)]
-    out = SDPA(*other, is_causal=True)
-    (grad,) = torch.autograd.grad(out.square().sum(), other[1])
-    assert out.device == grad.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-    torch.testing.assert_close(out.to("cuda:0"), SDPA(query, key, value, is_causal=True), rtol=0, atol=0)
+@pytest.mark.parametrize("call", ON_DEVICES.values(), ids=ON_DEVICES)
+def test_another_device_than_the_current_one(call):
+    """First there, where nothing has been prepared yet; then here; then at once from two threads."""
+    there = call("cuda:1")
+    assert all(x.device == torch.device("cuda:1") for x in there) and torch.cuda.current_device() == 0
+    here = call("cuda:0")
+    with ThreadPoolExecutor(2) as threads:
+        again = [*threads.map(call, ("cuda:1", "cuda:0") * 4)]
+    for found in (here, *again):
+        assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(there, found))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
