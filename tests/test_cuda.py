@@ -1,6 +1,7 @@
 """What only a GPU has: families of kernels, streams, graphs, lengths that nobody checks, devices. Values are tested by
 the other files, whose tests run on every device."""
 
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -133,9 +134,10 @@ def test_hopper_s_backward_is_the_default():
 
 @pytest.mark.parametrize("allowed", (False, True))
 @pytest.mark.parametrize("is_causal", (False, True))
-def test_float32_is_rounded_to_tf32_where_torch_allows_it(allowed, is_causal, monkeypatch):
+def test_float32_is_rounded_to_tf32_where_torch_allows_it(allowed, is_causal, request):
     """10 bits of mantissa against 23: the errors of both differ by more than a factor of 100."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if allowed else "ieee")
+    request.addfinalizer(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
     given = [torch.randn(2, 3, 300, 64, requires_grad=True) for _ in range(3)]
     out = SDPA(*given, is_causal=is_causal)
     grads = torch.autograd.grad(out.square().sum(), given)
@@ -412,8 +414,8 @@ def test_tensors_on_several_devices_are_refused():
 def trained(dtype, D, **options):
     """A call and its gradients, of tensors that are the same on every device."""
     def run(device):
-        draw = torch.Generator().manual_seed(5)
-        given = [torch.randn(2, 4, 190, D, generator=draw).to(device, dtype).requires_grad_() for _ in range(3)]
+        draw = torch.Generator("cpu").manual_seed(5)
+        given = [torch.randn(2, 4, 190, D, generator=draw, device="cpu").to(device, dtype).requires_grad_() for _ in range(3)]
         on = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         out = SDPA(*given, **on)
         return out.detach(), *torch.autograd.grad(out.float().square().sum(), given)
@@ -421,24 +423,25 @@ def trained(dtype, D, **options):
 
 
 def decoded(device):
-    draw = torch.Generator().manual_seed(6)
-    query, k, v, new_k, new_v = (torch.randn(*shape, generator=draw).to(device, torch.bfloat16) for shape in (
+    draw = torch.Generator("cpu").manual_seed(6)
+    query, k, v, new_k, new_v = (torch.randn(*shape, generator=draw, device="cpu").to(device, torch.bfloat16) for shape in (
         (3, 1, 4, 64), (3, 700, 2, 64), (3, 700, 2, 64), (3, 1, 2, 64), (3, 1, 2, 64)))
     lengths = torch.tensor([600, 1, 650], device=device)
     return fa.decode_attention(query, k, v, lengths, k_new=new_k, v_new=new_v), k, v
 
 
 def packed(device):
-    draw = torch.Generator().manual_seed(7)
-    given = [torch.randn(150, 2, 64, generator=draw).to(device, torch.bfloat16).requires_grad_() for _ in range(3)]
+    draw = torch.Generator("cpu").manual_seed(7)
+    given = [torch.randn(150, 2, 64, generator=draw, device="cpu").to(device, torch.bfloat16).requires_grad_()
+             for _ in range(3)]
     cu = torch.tensor([0, 40, 150], dtype=torch.int32, device=device)
     out = fa.varlen_attn(*given, cu, cu, 110, 110)
     return out.detach(), *torch.autograd.grad(out.float().square().sum(), given)
 
 
 def merged(device):
-    draw = torch.Generator().manual_seed(8)
-    halves = [torch.randn(2, 30, 4, *d, generator=draw).to(device) for d in ((64,), (), (64,), ())]
+    draw = torch.Generator("cpu").manual_seed(8)
+    halves = [torch.randn(2, 30, 4, *d, generator=draw, device="cpu").to(device) for d in ((64,), (), (64,), ())]
     return fa.merge_attention(*halves)
 
 
@@ -488,12 +491,12 @@ def off(got, want):
 
 
 def test_training_on_131072_tokens_takes_the_memory_of_its_tensors():
-    """Beside tensors of rows: the log-sum-exp; in backward fp32 dQ, two numbers a row, and 1 MiB for the rest."""
+    """Beside tensors of rows: the log-sum-exp; in backward fp32 dQ, two numbers a row; 2 MiB that the allocator may round."""
     S, D = 131072, 64
     query, key, value, grad = (torch.randn(1, 1, S, D, dtype=torch.bfloat16) for _ in range(4))
     given = [x.requires_grad_() for x in (query, key, value)]
     SDPA(query[:, :, :300], key[:, :, :300], value[:, :, :300], is_causal=True).sum().backward()
-    rows, MiB = 2 * S * D, 1 << 20
+    rows, rounding = 2 * S * D, 2 << 20
 
     def extra(call):
         torch.cuda.synchronize()
@@ -503,9 +506,9 @@ def test_training_on_131072_tokens_takes_the_memory_of_its_tensors():
         return result, torch.cuda.max_memory_allocated() - before
 
     out, forward = extra(lambda: SDPA(*given, is_causal=True))
-    assert forward < rows + 4 * S + MiB, f"forward took {forward} bytes"
+    assert forward < rows + 4 * S + rounding, f"forward took {forward} bytes"
     (dq, _, _), backward = extra(lambda: torch.autograd.grad(out, given, grad))
-    assert backward < 3 * rows + 4 * S * D + 8 * S + MiB, f"backward took {backward} bytes"
+    assert backward < 3 * rows + 4 * S * D + 8 * S + rounding, f"backward took {backward} bytes"
     some = torch.tensor([0, 1, 63, 64, 4097, S // 2, S - 2, S - 1])
     want, dwant, _ = attention_of_rows(some, *(x.detach()[0, 0] for x in (query, key, value, grad)),
                                        see=lambda rows: torch.arange(S) <= rows[:, None])
