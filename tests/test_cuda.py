@@ -107,6 +107,10 @@ HOPPER_OPTIONS = [(name,) for name in OPTIONS if name not in ("upper_left", "win
     ("lower_right", "kv_lengths", "q_lengths", "alibi"),
     ("mask_full", "window", "sinks"),
     ("mask_key", "dropout", "softcap"),
+    ("mask_full", "causal"),
+    ("bias_full", "causal"),
+    ("bias_full", "window"),
+    ("bias_batch", "lower_right"),
     ("bias_full", "softcap", "sinks", "kv_lengths"),
     ("bias_batch", "alibi_batch", "softcap", "sinks", "kv_lengths", "q_lengths", "window", "dropout", "scale"),
 ]

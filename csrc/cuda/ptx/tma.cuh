@@ -63,7 +63,7 @@ __device__ __forceinline__ void fa_tma_load_4d_once(void *to, const CUtensorMap 
                  : "memory");
 }
 
-/* The other way; what lies outside the tensor is left out. `from`: address in the shared window. Committed in groups. */
+/* The other way; what lies outside the tensor is left out. from: address in the shared window. Committed in groups. */
 __device__ __forceinline__ void fa_tma_store_4d(const CUtensorMap *map, uint32_t from, int32_t x0, int32_t x1,
                                                 int32_t x2, int32_t x3)
 {

@@ -335,8 +335,8 @@ static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f
     m->mask_once = (a->q.size[0] == 1 || m->mask_batch != 0) && (a->q.size[1] == 1 || m->mask_head != 0);
 }
 
-/* The main kernel stores the gradient of the mask where an element of it belongs to one head and batch, and has the type
- * of q (bwd_sm90_ds.cuh). */
+/* The main kernel stores the gradient of the mask where an element of it belongs to one head and batch, and has q's type
+ * (bwd_sm90_ds.cuh). */
 static bool stores_dmask(const fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
     const fa_tensor *d = &a->dmask;

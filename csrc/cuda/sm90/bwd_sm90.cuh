@@ -84,7 +84,8 @@ __device__ __forceinline__ void fa_produce(const fa_bwd_sm90_params &p, fa_bwd_s
 
 /* ---- kernel ------------------------------------------------------------------------------------------------------ */
 
-template <class C> __device__ __forceinline__ void fa_init_barriers(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s)
+template <class C>
+__device__ __forceinline__ void fa_init_barriers(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s)
 {
     constexpr int one = FA_WARPGROUP / FA_WARP, both = 2 * one; /* one arrival for each warp */
     int stores_ds = C::STORES_DS && p.mod.dmask_here;

@@ -1,8 +1,8 @@
-/* dS as the gradient of a float mask, where each element of the mask belongs to one pair of a query and a key of one head
- * and batch: nothing has to be summed, so the main kernel stores what it has for dQ.
+/* dS as the gradient of a float mask, where each element of the mask belongs to one pair of a query and a key of one
+ * head and batch: nothing has to be summed, so the main kernel stores what it has for dQ.
  *
- * One warp turns a tile round, from rows of 64 queries to rows of 64 keys, while dQ takes it; the copy engine stores it.
- * A stage of ds is empty when both have it. */
+ * One warp turns a tile round, from rows of 64 queries to rows of 64 keys, while dQ takes it; the copy engine stores
+ * it. A stage of ds is empty when both have it. */
 #ifndef FA_BWD_SM90_DS_CUH
 #define FA_BWD_SM90_DS_CUH
 

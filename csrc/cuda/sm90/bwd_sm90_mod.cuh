@@ -8,8 +8,6 @@
 #ifndef FA_BWD_SM90_MOD_CUH
 #define FA_BWD_SM90_MOD_CUH
 
-#include <float.h>
-
 #include "../../common/fa_philox.h"
 #include "../ptx/tma.cuh"
 #include "bwd_sm90_tile.cuh"
@@ -183,8 +181,8 @@ __device__ __forceinline__ void fa_add_alibi(float (&s)[C::BM / 2], float slope,
 
 /* bits: those of the thread's first key; the second lies 8 * step further */
 template <class C>
-__device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 64][C::BITS ? C::BN : 2], int key, int step,
-                                                float (&s)[C::BM / 2])
+__device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 64][C::BITS ? C::BN : 2], int key,
+                                                int step, float (&s)[C::BM / 2])
 {
 #pragma unroll
     for (int half = 0; half < C::BM / 64; half++) {

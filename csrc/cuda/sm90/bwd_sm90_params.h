@@ -84,8 +84,8 @@ typedef struct fa_bwd_mod {
     int64_t dmask_batch, dmask_head, dmask_query, dmask_key;
     int32_t dmask_batches, dmask_heads; /* its sizes */
     bool dmask_vectors;                 /* of 16 bytes along the keys can be stored */
-    bool dmask_here;      /* the main kernel stores it (bwd_sm90_ds.cuh) */
-    CUtensorMap dmask_map; /* then: dimensions (SK, SQ, H, B) */
+    bool dmask_here;                    /* the main kernel stores it (bwd_sm90_ds.cuh), by the following map */
+    CUtensorMap dmask_map;              /* dimensions (SK, SQ, H, B) */
     int32_t dmask_steps[2];
     float cap, cap_scale; /* CAP: scores are cap * tanh(cap_scale * q k), in units of log2 */
     const void *alibi;

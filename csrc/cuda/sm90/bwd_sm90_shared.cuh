@@ -76,9 +76,9 @@ template <class C, bool MOD> struct fa_bwd_mod_shared {};
 
 template <class C> struct fa_bwd_mod_shared<C, true> {
     alignas(16) uint64_t bits[2][C::BM / 64][C::BITS ? C::BN : 2]; /* [stage][64 queries][key] of a bool mask */
-    const void *mask[2];                             /* element (0, 0) of a float mask */
+    const void *mask[2]; /* element (0, 0) of a float mask */
     int head[2];
-    float slope[2];                                  /* ALiBi, in units of log2 */
+    float slope[2]; /* ALiBi, in units of log2 */
 };
 
 /* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. ds: rows are keys, columns queries. */
@@ -90,7 +90,7 @@ template <class C> struct fa_bwd_sm90_shared {
     alignas(1024) typename C::T ds[2][C::BM * C::BN];
     /* a tile of a float mask, rows of 128 bytes: its rows are queries, its columns keys */
     alignas(C::BIAS_BYTES ? 1024 : 16) unsigned char bias[C::BIAS_BYTES ? C::BIAS_BYTES : 16];
-    alignas(C::STORES_DS ? 1024 : 16) unsigned char staged[C::STORES_DS ? C::BM * C::BN * 2 : 16]; /* of the mask's gradient */
+    alignas(C::STORES_DS ? 1024 : 16) unsigned char staged[C::STORES_DS ? C::BM * C::BN * 2 : 16]; /* bwd_sm90_ds.cuh */
     /* P, SPLIT only: [stage][i][thread] holds registers 4 i .. 4 i + 3 */
     alignas(16) uint4 p[C::SPLIT ? 2 : 1][C::SPLIT ? C::BM / 16 : 1][C::SPLIT ? FA_WARPGROUP : 1];
     alignas(16) float lse[C::STAGES][C::BM];

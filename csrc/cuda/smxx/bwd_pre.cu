@@ -12,7 +12,6 @@
 #include "../sm90/bwd_sm90.h"
 #include "../sm90/bwd_sm90_walk.cuh"
 
-#include <float.h>
 #include <math_constants.h>
 
 enum { FA_PRE_THREADS = 256, FA_PRE_LANES = 8 }; /* lanes of a row: 8 * 8 elements at a time */
