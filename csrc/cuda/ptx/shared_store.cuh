@@ -28,19 +28,6 @@ __device__ __forceinline__ void fa_store_shared_16(uint32_t address, uint32_t x,
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
-/* A word that one thread counts up and another one asks for. */
-__device__ __forceinline__ void fa_store_release_shared(int *p, int x)
-{
-    asm volatile("st.release.cta.shared::cta.b32 [%0], %1;" ::"r"(fa_shared_address(p)), "r"(x) : "memory");
-}
-
-__device__ __forceinline__ int fa_load_acquire_shared(const int *p)
-{
-    int x;
-    asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];" : "=r"(x) : "r"(fa_shared_address(p)) : "memory");
-    return x;
-}
-
 /* In every thread that stored, before the barrier that the reader waits for. */
 __device__ __forceinline__ void fa_fence_shared_async(void)
 {

@@ -335,8 +335,8 @@ static void fill_mask(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f
     m->mask_once = (a->q.size[0] == 1 || m->mask_batch != 0) && (a->q.size[1] == 1 || m->mask_head != 0);
 }
 
-/* The main kernel stores the gradient of the mask where an element of it belongs to one head and batch, and has q's type
- * (bwd_sm90_ds.cuh). */
+/* The main kernel stores the gradient of the mask where an element of it belongs to one head and batch and has the type
+ * of q (bwd_sm90_ds.cuh). */
 static bool stores_dmask(const fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
 {
     const fa_tensor *d = &a->dmask;
@@ -437,9 +437,8 @@ static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, con
     fa_status status = fa_sm90_prepare(f, &processors, err);
     if (status != FA_OK)
         return status;
-    int64_t pairs = a->mask.size[0] * a->mask.size[1] * blocks_of(p->SQ, 2 * f->BM) * blocks_of(p->SK, f->BN);
-    int64_t clusters = processors / 2; /* of two thread blocks, for a pair of tiles */
-    cudaError_t e = launch(p, f, 2 * (pairs < clusters ? pairs : clusters), stream);
+    int64_t tiles = a->mask.size[0] * a->mask.size[1] * blocks_of(p->SQ, f->BM) * blocks_of(p->SK, f->BN);
+    cudaError_t e = launch(p, f, tiles < processors ? tiles : processors, stream);
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 

@@ -2,12 +2,11 @@
  *
  * For a tile of 128 x BN elements, a thread block computes S and dP of one head after the other anew and keeps the sum
  * in registers: nothing of the size of the scores is stored but the result, and the order of the sum is fixed. Two
- * products for five of the main kernel. What bounds it is reading Q, K, V and dO from the second-level cache for every
- * tile, so two thread blocks with the same keys are a cluster, and each reads half of K and V for both. */
+ * products for five of the main kernel. */
 #ifndef FA_BWD_SM90_DMASK_CUH
 #define FA_BWD_SM90_DMASK_CUH
 
-#include "../ptx/cluster.cuh"
+#include "../ptx/tma.cuh"
 #include "bwd_sm90_copy.cuh"
 #include "bwd_sm90_mod.cuh"
 
@@ -36,19 +35,18 @@ struct fa_dmask_tile {
     int b, h, query, key;
 };
 
-/* Pair number `index` of tiles, one below the other, for the two thread blocks of a cluster; false behind the last. A
- * cluster takes every gridDim.x / 2-th: its copies for the next tile start while the last is stored. */
+/* Tile number `index`; false behind the last. A thread block takes every gridDim.x-th: its copies for the next tile
+ * start while the last is stored. */
 template <class M>
 __device__ __forceinline__ bool fa_dmask_tile_at(const fa_bwd_sm90_params &p, int index, fa_dmask_tile &t)
 {
-    int columns = (p.SK + M::BN - 1) / M::BN, pairs = (p.SQ + 2 * M::BM - 1) / (2 * M::BM);
-    int head = index / (columns * pairs), at = index - head * columns * pairs;
-    int query = (2 * (at / columns) + fa_cluster_rank()) * M::BM;
-    t = {head / p.mod.dmask_heads, head % p.mod.dmask_heads, query, at % columns * M::BN};
+    int columns = (p.SK + M::BN - 1) / M::BN, rows = (p.SQ + M::BM - 1) / M::BM, head = index / (columns * rows);
+    int at = index - head * columns * rows;
+    t = {head / p.mod.dmask_heads, head % p.mod.dmask_heads, at / columns * M::BM, at % columns * M::BN};
     return t.b < p.mod.dmask_batches;
 }
 
-/* The heads that share the tile, one by one; those in which nothing of it meets are left out. */
+/* The heads that share the tile, one by one; those in which no pair of it meets are left out. */
 struct fa_dmask_step {
     int t;       /* number of steps before, also of other tiles */
     int b, h;    /* of q */
@@ -56,12 +54,10 @@ struct fa_dmask_step {
     fa_bwd_band band;
 };
 
-/* Both tiles of the pair take the same steps. */
-template <class M> __device__ __forceinline__ bool fa_pair_meets(const fa_bwd_band &band, const fa_dmask_tile &tile)
+template <class M> __device__ __forceinline__ bool fa_tile_meets(const fa_bwd_band &band, const fa_dmask_tile &tile)
 {
-    int query = tile.query / (2 * M::BM) * (2 * M::BM);
-    int last_query = min(band.SQ, query + 2 * M::BM) - 1, last_key = min(band.SK, tile.key + M::BN) - 1;
-    return query <= last_query && tile.key <= last_key && last_key >= query + band.lo_shift &&
+    int last_query = min(band.SQ, tile.query + M::BM) - 1, last_key = min(band.SK, tile.key + M::BN) - 1;
+    return tile.query <= last_query && tile.key <= last_key && last_key >= tile.query + band.lo_shift &&
            tile.key < last_query + band.hi_shift;
 }
 
@@ -75,7 +71,7 @@ __device__ __forceinline__ bool fa_find_step(const fa_bwd_sm90_params &p, const 
     }
     for (; s.b < s.b_end; s.b++) {
         s.band = fa_band_of(p, s.b);
-        if (fa_pair_meets<M>(s.band, tile))
+        if (fa_tile_meets<M>(s.band, tile))
             return true;
     }
     return false;
@@ -110,17 +106,6 @@ __device__ __forceinline__ void fa_load_rows(typename M::T *to, const CUtensorMa
     }
 }
 
-/* K or V for both thread blocks of the cluster: every second panel by this one. FIRST: number of the first panel. */
-template <class M, int COLUMNS, int FIRST>
-__device__ __forceinline__ void fa_load_for_both(typename M::T *to, const CUtensorMap *map, uint64_t *bar, int row,
-                                                 int head, int batch)
-{
-#pragma unroll
-    for (int panel = 0; panel < COLUMNS / 64; panel++)
-        if ((FIRST + panel) % 2 == fa_cluster_rank())
-            fa_tma_load_4d_for(3, to + 64 * panel * M::BN, map, bar, 64 * panel, row, head, batch);
-}
-
 /* Returns the number of steps so far; before: of other tiles. */
 template <class M>
 __device__ __forceinline__ int fa_dmask_produce(const fa_bwd_sm90_params &p, fa_dmask_shared<M> &s,
@@ -135,14 +120,12 @@ __device__ __forceinline__ int fa_dmask_produce(const fa_bwd_sm90_params &p, fa_
         fa_mbar_wait(&s.bar[FA_BAR_QK_EMPTY], at.t & 1 ^ 1);
         fa_mbar_expect(&s.bar[FA_BAR_QK_FULL], sizeof(s.q) + sizeof(s.k));
         fa_load_rows<M, M::D>(s.q, q, &s.bar[FA_BAR_QK_FULL], tile.query, at.h * p.q_steps[0], at.b * p.q_steps[1]);
-        fa_load_for_both<M, M::D, 0>(s.k, k, &s.bar[FA_BAR_QK_FULL], tile.key, hk * p.k_steps[0],
-                                     at.b * p.k_steps[1]);
+        fa_load_tile<M::BN, M::D>(s.k, k, &s.bar[FA_BAR_QK_FULL], tile.key, hk * p.k_steps[0], at.b * p.k_steps[1]);
         fa_mbar_wait(&s.bar[FA_BAR_OV_EMPTY], at.t & 1 ^ 1);
         fa_mbar_expect(&s.bar[FA_BAR_OV_FULL], sizeof(s.dout) + sizeof(s.v));
         fa_load_rows<M, M::DV>(s.dout, dout, &s.bar[FA_BAR_OV_FULL], tile.query, at.h * p.dout_steps[0],
                                at.b * p.dout_steps[1]);
-        fa_load_for_both<M, M::DV, M::D / 64>(s.v, v, &s.bar[FA_BAR_OV_FULL], tile.key, hk * p.v_steps[0],
-                                              at.b * p.v_steps[1]);
+        fa_load_tile<M::BN, M::DV>(s.v, v, &s.bar[FA_BAR_OV_FULL], tile.key, hk * p.v_steps[0], at.b * p.v_steps[1]);
     }
     return at.t;
 }
@@ -315,14 +298,6 @@ __device__ __forceinline__ void fa_dmask_add(const fa_dmask_rows &rows, const fl
     }
 }
 
-/* One lane of every warp, for each thread block of the cluster. */
-__device__ __forceinline__ void fa_arrive_in_both(uint64_t *bar)
-{
-    __syncwarp();
-    if (threadIdx.x % FA_WARP < 2)
-        fa_mbar_arrive_in(bar, threadIdx.x % FA_WARP);
-}
-
 /* One head. Time runs downwards; the other warpgroup does the same at times of its own:
  *
  *   tensor cores   this warpgroup
@@ -348,11 +323,11 @@ __device__ __forceinline__ void fa_dmask_head(const fa_bwd_sm90_params &p, fa_dm
                              fa_wgmma_descriptor_64(sh.v, 0));
     fa_wgmma_wait<1>();
     fa_wgmma_hold(s);
-    fa_arrive_in_both(&sh.bar[FA_BAR_QK_EMPTY]);
+    fa_warp_arrive(&sh.bar[FA_BAR_QK_EMPTY]);
     fa_dmask_weights<M>(p, step, rows, at, &sh.bias[0][threadIdx.x - FA_WARPGROUP], s, edges);
     fa_wgmma_wait<0>();
     fa_wgmma_hold(dp);
-    fa_arrive_in_both(&sh.bar[FA_BAR_OV_EMPTY]);
+    fa_warp_arrive(&sh.bar[FA_BAR_OV_EMPTY]);
     if (p.mod.options & FA_MOD_DROPOUT)
         fa_dmask_drop<M>(p.mod, step.b * p.HQ + step.h, at, dp);
     fa_dmask_add<M>(rows, s, dp, sum);
@@ -398,32 +373,30 @@ __device__ __forceinline__ int fa_dmask_consume(const fa_bwd_sm90_params &p, fa_
 }
 
 template <class M>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(M::THREADS, 1)
-    fa_dmask_sm90_kernel(const __grid_constant__ fa_bwd_sm90_params p)
+__global__ void __launch_bounds__(M::THREADS, 1) fa_dmask_sm90_kernel(const __grid_constant__ fa_bwd_sm90_params p)
 {
     extern __shared__ __align__(1024) unsigned char raw[];
     fa_dmask_shared<M> &s = *(fa_dmask_shared<M> *)raw;
     int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / FA_WARPGROUP, 0);
     fa_dmask_tile tile;
-    int steps = 0, index = blockIdx.x / 2;
+    int steps = 0, index = blockIdx.x;
     if (threadIdx.x == 0) {
         fa_mbar_init(&s.bar[FA_BAR_QK_FULL], 1);
         fa_mbar_init(&s.bar[FA_BAR_OV_FULL], 1);
-        fa_mbar_init(&s.bar[FA_BAR_QK_EMPTY], 4 * FA_WARPGROUP / FA_WARP);
-        fa_mbar_init(&s.bar[FA_BAR_OV_EMPTY], 4 * FA_WARPGROUP / FA_WARP);
+        fa_mbar_init(&s.bar[FA_BAR_QK_EMPTY], 2 * FA_WARPGROUP / FA_WARP);
+        fa_mbar_init(&s.bar[FA_BAR_OV_EMPTY], 2 * FA_WARPGROUP / FA_WARP);
         fa_mbar_fence_init();
     }
-    fa_cluster_sync();
+    __syncthreads();
     if (warpgroup == 0) {
         fa_registers_shrink<M::PRODUCER_REGISTERS>();
-        for (; threadIdx.x == 0 && fa_dmask_tile_at<M>(p, index, tile); index += gridDim.x / 2)
+        for (; threadIdx.x == 0 && fa_dmask_tile_at<M>(p, index, tile); index += gridDim.x)
             steps = fa_dmask_produce<M>(p, s, tile, steps);
     } else {
         fa_registers_grow<M::CONSUMER_REGISTERS>();
-        for (; fa_dmask_tile_at<M>(p, index, tile); index += gridDim.x / 2)
+        for (; fa_dmask_tile_at<M>(p, index, tile); index += gridDim.x)
             steps = fa_dmask_consume<M>(p, s, tile, 64 * (warpgroup - 1), steps);
     }
-    fa_cluster_sync(); /* the other thread block may still copy to here */
 }
 
 #endif

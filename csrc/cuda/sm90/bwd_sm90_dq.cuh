@@ -32,7 +32,7 @@ __device__ __forceinline__ void fa_await_turns(const fa_bwd_sm90_params &p, fa_b
             fa_await_turn(p.turn + block, turn);
         if (at.t > 0)
             fa_mbar_wait(&s.bar[FA_BAR_ADDED + fa_stage_of(at.t - 1)], fa_parity_of(at.t - 1));
-        while (fa_load_acquire_shared(&s.signalled) < at.t - 1)
+        while (*(volatile int *)&s.signalled < at.t - 1)
             ;
         s.dq.sum = p.dq_sum + block * (C::BM * C::D);
         s.dq.first = turn == 0;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void fa_signal_turns(const fa_bwd_sm90_params &p, fa_
         uint32_t *flag = p.turn + fa_query_block(p, u, at), turn = fa_turn_of(p, u.band, u.walk, at.m);
         fa_mbar_wait(&s.bar[FA_BAR_ADDED + fa_stage_of(at.t)], fa_parity_of(at.t));
         fa_store_release(flag, turn + 1);
-        fa_store_release_shared(&s.signalled, at.t + 1);
+        *(volatile int *)&s.signalled = at.t + 1;
     }
 }
 
