@@ -158,6 +158,7 @@ typedef struct fa_plan {
     int64_t tasks;           /* units of parallel work */
     int num_threads;         /* the number of workers asked for */
     int threads;             /* workers to start: at most that */
+    int stages;              /* on a GPU: tiles of what is streamed that a block holds at a time; else 0 */
     size_t thread_bytes;     /* scratch of one worker */
     size_t shared_bytes;     /* partial results of split keys; fp32 dQ of backward */
     size_t workspace;        /* bytes to hand to fa_run_*: shared_bytes + threads * thread_bytes, plus alignment */

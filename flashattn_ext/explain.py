@@ -26,11 +26,12 @@ class Plan:
     split_keys: int     # keys of one part
     tasks: int          # units of parallel work; of cuda the blocks of the grid
     threads: int        # workers that would start; threads of a block
+    stages: int         # of cuda: tiles of what is streamed that a block holds at a time
     thread_bytes: int   # scratch of one worker; shared memory of a block
     shared_bytes: int   # partial results
     workspace: int      # all scratch
     flops: float
-    bytes: float        # every input read once and every output written once
+    bytes: float        # every input read once, every output written once; of cuda the workspace both
     launches: list      # on a GPU: the kernels in the order of their start, each a dict of its name, blocks, threads,
                         # shared_bytes (of a block), registers, local_bytes (stack and spills of a thread) and
                         # resident_blocks (that a multiprocessor holds)

@@ -172,14 +172,14 @@ static int print_cut(const fa_plan *p, char *text, size_t n)
                              ? "tiles      %lld rows x %lld keys; %lld panels a head, %lld to a block\n"
                                "splits     %lld of %lld keys: %s\n"
                                "grid       %lld blocks of %d threads\n"
-                               "memory     %zu bytes of workspace: %zu shared by all; %zu of shared memory a block\n"
+                               "memory     %zu bytes of workspace: %zu shared by all; %zu of shared memory a block, %d stages\n"
                              : "tiles      %lld rows x %lld keys; %lld panels a kv head, %lld to a chunk\n"
                                "splits     %lld of %lld keys: %s\n"
                                "tasks      %lld on %d threads\n"
                                "workspace  %zu bytes: %zu shared, %zu a thread\n";
     return snprintf(text, n, format, (long long)p->block_rows, (long long)p->block_keys, (long long)p->panels,
                     (long long)p->chunk_panels, (long long)p->splits, (long long)p->split_keys, p->why_splits,
-                    (long long)p->tasks, p->threads, p->workspace, p->shared_bytes, p->thread_bytes);
+                    (long long)p->tasks, p->threads, p->workspace, p->shared_bytes, p->thread_bytes, p->stages);
 }
 
 int fa_plan_print(const fa_plan *p, const fa_args *a, char *text, size_t n)

@@ -242,6 +242,7 @@ py::dict dict_of(const fa_plan &p, const fa_args &a)
     d["split_keys"] = p.split_keys;
     d["tasks"] = p.tasks;
     d["threads"] = p.threads;
+    d["stages"] = p.stages;
     d["thread_bytes"] = p.thread_bytes;
     d["shared_bytes"] = p.shared_bytes;
     d["workspace"] = p.workspace;

@@ -93,7 +93,7 @@ __host__ __device__ __forceinline__ int fa_decode_run(int keys_wanted, int part)
 /* One compiled triple of dtype, head dimension and how keys are stored (decode_tmpl.cu). In the order of these. */
 struct fa_decode_shape {
     size_t shared;
-    int threads;
+    int threads, stages;
 };
 typedef fa_status fa_decode_launch(const char *name, const fa_decode_params &p, cudaStream_t stream, fa_error *err);
 typedef fa_decode_shape fa_decode_shape_of(void);

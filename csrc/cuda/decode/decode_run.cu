@@ -171,6 +171,7 @@ static void plan_forward(const fa_args *a, int device, fa_plan *plan)
     plan->splits = p.parts;
     plan->split_keys = longest_part(p);
     plan->tasks = blocks_of(p);
+    plan->stages = shape.stages;
     plan->threads = shape.threads;
     plan->thread_bytes = shape.shared;
     plan->shared_bytes = (size_t)(fa_round_up(2 * parts_of(p), 4) + parts_of(p) * fa_round_up(p.dv, 4)) * 4;

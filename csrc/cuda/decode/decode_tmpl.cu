@@ -14,7 +14,7 @@ using options = fa_decode_config<FA_T, stored, FA_DP, true>;
 
 fa_decode_shape FA_CAT(shape, FA_TYPE, FA_DP)(void)
 {
-    return {options::SHARED, options::THREADS};
+    return {options::SHARED, options::THREADS, options::STAGES};
 }
 
 template <class C>

@@ -114,6 +114,7 @@ static void plan_tiles(const fa_args *a, pass x, fa_plan *p)
     p->block_rows = fa_tile_rows(t);
     p->block_keys = t.cols;
     p->panels = fa_ceil_div(a->q.size[2], p->block_rows);
+    p->stages = x == FORWARD_PASS ? 1 : fa_bwd_stages(t.dp, fa_dtype_size(a->q.dtype));
     p->threads = 32 * t.warps;
     p->thread_bytes = shared_of(a, x);
 }

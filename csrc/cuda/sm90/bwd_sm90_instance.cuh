@@ -8,7 +8,8 @@
 
 #define FA_BWD_SM90_INSTANCE(NAME, T, DTYPE, D, DV, BM, BN, OPTIONS)                                                   \
     extern "C" const fa_sm90_instance NAME = {                                                                         \
-        #NAME, DTYPE, D, DV, BM, BN, fa_bwd_sm90_config<T, D, DV, BM, BN, OPTIONS>::THREADS,                           \
+        #NAME, DTYPE, D, DV, BM, BN, fa_bwd_sm90_config<T, D, DV, BM, BN, OPTIONS>::STAGES,                            \
+        fa_bwd_sm90_config<T, D, DV, BM, BN, OPTIONS>::THREADS,                                                        \
         (int)sizeof(fa_bwd_sm90_shared<fa_bwd_sm90_config<T, D, DV, BM, BN, OPTIONS>>),                                \
         (const void *)fa_bwd_sm90_kernel<fa_bwd_sm90_config<T, D, DV, BM, BN, OPTIONS>>,                               \
     };
@@ -16,7 +17,8 @@
 /* The gradient of the mask, beside the mod instance of these sizes. */
 #define FA_DMASK_SM90_INSTANCE(NAME, T, DTYPE, D, DV, BM, BN)                                                          \
     extern "C" const fa_sm90_instance NAME = {                                                                         \
-        #NAME, DTYPE, D, DV, 128, BN, fa_dmask_config<fa_bwd_sm90_config<T, D, DV, BM, BN, FA_MOD_ANY>>::THREADS,      \
+        #NAME, DTYPE, D, DV, 128, BN, 1,                                                                               \
+        fa_dmask_config<fa_bwd_sm90_config<T, D, DV, BM, BN, FA_MOD_ANY>>::THREADS,                                    \
         (int)sizeof(fa_dmask_shared<fa_dmask_config<fa_bwd_sm90_config<T, D, DV, BM, BN, FA_MOD_ANY>>>),               \
         (const void *)fa_dmask_sm90_kernel<fa_dmask_config<fa_bwd_sm90_config<T, D, DV, BM, BN, FA_MOD_ANY>>>,         \
     };

@@ -32,6 +32,7 @@ const fa_sm90_instance FA_NAME = {
     .DV = config::DV,
     .BM = config::BM,
     .BN = config::BN,
+    .stages = config::STAGES,
     .threads = config::THREADS,
     .shared_bytes = (int)sizeof(fa_fwd_sm90_shared<config>),
     .kernel = (const void *)fa_fwd_sm90_kernel<config>,

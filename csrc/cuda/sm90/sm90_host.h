@@ -18,6 +18,7 @@ typedef struct fa_sm90_instance {
     const char *name;
     fa_dtype dtype;
     int D, DV, BM, BN;
+    int stages; /* blocks of what is streamed that fit its shared memory */
     int threads;
     int shared_bytes;
     const void *kernel;

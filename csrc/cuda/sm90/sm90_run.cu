@@ -24,6 +24,7 @@ static void plan_instance(const fa_args *a, const fa_sm90_instance *f, fa_plan *
     p->block_rows = f->BM;
     p->block_keys = f->BN;
     p->panels = fa_ceil_div(a->q.size[2], f->BM);
+    p->stages = f->stages;
     p->threads = f->threads;
     p->thread_bytes = (size_t)f->shared_bytes;
     p->splits = 1;
