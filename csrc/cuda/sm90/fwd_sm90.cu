@@ -31,6 +31,12 @@ static bool has_pieces(const fa_tensor *t)
     return ok;
 }
 
+/* The kernel for fp32 counts the bytes from row to row of K and V in 32 bits. */
+static bool has_short_rows(const fa_tensor *t)
+{
+    return has_pieces(t) && t->stride[2] < (1 << 29) && t->stride[2] > -(1 << 29);
+}
+
 /* By a tensor map. */
 static bool readable(const fa_tensor *t)
 {
@@ -55,9 +61,9 @@ static bool is_packed_or_dense(const fa_args *a)
 static bool can_f32(const fa_args *a)
 {
     const int64_t tiles = a->q.size[0] * a->q.size[1] * ((a->q.size[2] + 127) / 128);
-    return !a->allow_tf32 && fa_fwd_sm90_is_plain(a) && a->q.size[3] <= 128 && a->v.size[3] <= 128 &&
-           (tiles >= FA_F32_TILES || a->k.size[2] <= FA_F32_KEYS) && has_pieces(&a->q) && has_pieces(&a->k) &&
-           has_pieces(&a->v) && has_pieces(&a->out);
+    return !a->allow_tf32 && fa_fwd_sm90_is_plain(a) && a->k.size[2] > 0 && a->q.size[3] <= 128 && a->v.size[3] <= 128 &&
+           (tiles >= FA_F32_TILES || a->k.size[2] <= FA_F32_KEYS) && has_pieces(&a->q) && has_short_rows(&a->k) &&
+           has_short_rows(&a->v) && has_pieces(&a->out);
 }
 
 extern "C" bool fa_fwd_sm90_can(const fa_args *a)

@@ -19,7 +19,7 @@ template <int D_, int DV_, int BN_, int STAGES_, bool QUERIES_HELD_> struct fa_f
     static constexpr int D = D_, DV = DV_, WGS = 2, BN = BN_, BM = 64 * WGS, STAGES = STAGES_;
     static constexpr bool QUERIES_HELD = QUERIES_HELD_;
     static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
-    static constexpr int PRODUCER_REGISTERS = 96, CONSUMER_REGISTERS = 208;
+    static constexpr int PRODUCER_REGISTERS = 88, CONSUMER_REGISTERS = 208;
     static constexpr int K_PART = BN * D * 2, V_PART = BN * DV * 2, Q_PART = 64 * D * 2; /* bytes */
 };
 
@@ -29,12 +29,13 @@ template <class C> struct fa_f32_shared {
     alignas(1024) unsigned char k[C::STAGES][2 * C::K_PART];
     alignas(1024) unsigned char v[C::STAGES][2 * C::V_PART];
     float k_inverse[C::STAGES], v_inverse[C::STAGES]; /* of the powers of two */
-    alignas(16) uint32_t peak[2][4], low[2][4];       /* each warp's, of every second block that is split */
+    alignas(16) uint32_t k_peak[4], v_peak[4], v_least[4]; /* each warp's, of the block that is split */
     uint64_t k_full[C::STAGES], k_empty[C::STAGES];
     uint64_t v_full[C::STAGES], v_empty[C::STAGES];
 };
 
-enum { FA_BAR_SPLIT = FA_BAR_TURN + 2, FA_BAR_QUERIES }; /* FA_BAR_QUERIES + warpgroup */
+/* Named barriers: FA_BAR_QUERIES + warpgroup, FA_BAR_WARP + warp of the producer. */
+enum { FA_BAR_SPLIT = FA_BAR_TURN + 2, FA_BAR_QUERIES, FA_BAR_WARP = FA_BAR_QUERIES + 2 };
 
 /* ---- producer ---------------------------------------------------------------------------------------------------- */
 
@@ -67,28 +68,46 @@ template <class C> struct fa_f32_cursor {
 
 template <class Block, class C>
 __device__ __forceinline__ typename Block::source fa_f32_source(const fa_fwd_sm90_params &p, const fa_fwd_sm90_view &v,
-                                                                const fa_f32_cursor<C> &c, int columns, bool exists)
+                                                                const fa_f32_cursor<C> &c, int columns)
 {
-    int key = c.block * C::BN;
-    return Block::of(fa_row_of<float>(v, c.t.b, c.t.h / p.group, key), v.row, exists ? p.SK - key : 0, columns);
+    return Block::of(fa_row_of<float>(v, c.t.b, c.t.h / p.group, 0), v.row, c.block * C::BN, p.SK, columns);
 }
 
-/* Bits of the largest magnitude among the four warps' numbers; *wide: whether they differ too much for V. */
-template <class C, class Block>
-__device__ __forceinline__ uint32_t fa_f32_peak(fa_f32_shared<C> &s, const Block &x, int turn, bool *wide)
+/* The largest of the four warps' numbers, or the least. */
+template <class Reduce> __device__ __forceinline__ uint32_t fa_of_four(const uint32_t (&x)[4], const Reduce &reduce)
 {
-    uint32_t peak, low;
-    int warp = threadIdx.x / FA_WARP;
-    x.extremes(&peak, &low);
+    uint4 a = *(const uint4 *)x;
+    return reduce(reduce(a.x, a.y), reduce(a.z, a.w));
+}
+
+__device__ __forceinline__ uint32_t fa_largest_of_four(const uint32_t (&x)[4])
+{
+    return fa_of_four(x, [](uint32_t a, uint32_t b) { return max(a, b); });
+}
+
+/* Bits of the largest magnitude of a block of K. */
+template <class C, class Block> __device__ __forceinline__ uint32_t fa_f32_peak(fa_f32_shared<C> &s, const Block &x)
+{
+    uint32_t peak = x.peak();
+    if (threadIdx.x % FA_WARP == 0)
+        s.k_peak[threadIdx.x / FA_WARP] = peak;
+    fa_bar_sync(FA_BAR_SPLIT, FA_WARPGROUP);
+    return fa_largest_of_four(s.k_peak);
+}
+
+/* The same of V; *wide: some are too much smaller. */
+template <class C, class Block>
+__device__ __forceinline__ uint32_t fa_f32_peak(fa_f32_shared<C> &s, const Block &x, bool *wide)
+{
+    uint32_t peak, least = x.extremes(&peak);
     if (threadIdx.x % FA_WARP == 0) {
-        s.peak[turn][warp] = peak;
-        s.low[turn][warp] = low;
+        s.v_peak[threadIdx.x / FA_WARP] = peak;
+        s.v_least[threadIdx.x / FA_WARP] = least;
     }
     fa_bar_sync(FA_BAR_SPLIT, FA_WARPGROUP);
-    uint4 a = *(const uint4 *)s.peak[turn], b = *(const uint4 *)s.low[turn];
-    peak = max(max(a.x, a.y), max(a.z, a.w));
-    low = min(min(b.x, b.y), min(b.z, b.w));
-    *wide = peak >= FA_F32_SPREAD && low < peak - FA_F32_SPREAD;
+    peak = fa_largest_of_four(s.v_peak);
+    least = fa_of_four(s.v_least, [](uint32_t a, uint32_t b) { return min(a, b); });
+    *wide = peak >= FA_F32_SPREAD && least < peak - FA_F32_SPREAD;
     return peak;
 }
 
@@ -111,27 +130,28 @@ template <class C> __device__ __forceinline__ void fa_f32_produce(const fa_fwd_s
     using Block = fa_split_block<C::D, C::BN>;
     static_assert(C::D == C::DV, "K and V take turns in the same registers");
     fa_f32_cursor<C> at(p);
+    const int warp_bar = FA_BAR_WARP + threadIdx.x / FA_WARP;
     fa_stage<C> stage;
     Block x;
-    typename Block::source from = fa_f32_source<Block>(p, p.k, at, p.D, true);
+    typename Block::source from = fa_f32_source<Block>(p, p.k, at, p.D);
 #pragma unroll
     for (int i = 0; i < Block::STEPS; i++)
         x.load(from, i);
     for (bool more = true; more; stage.next()) {
-        bool wide;
-        float inverse, power = fa_split_power<FA_SCORE_POWER>(fa_f32_peak(s, x, 0, &wide), &inverse);
+        float inverse, power = fa_split_power<FA_SCORE_POWER>(fa_f32_peak(s, x), &inverse);
         fa_mbar_wait(&s.k_empty[stage.index], stage.parity ^ 1);
         s.k_inverse[stage.index] = inverse;
         x.template store<false>(fa_shared_address(s.k[stage.index]), power,
-                                fa_f32_source<Block>(p, p.v, at, p.DV, true));
+                                fa_f32_source<Block>(p, p.v, at, p.DV), warp_bar);
         fa_f32_announce(&s.k_full[stage.index]);
 
-        power = fa_split_power<FA_VALUE_POWER>(fa_f32_peak(s, x, 1, &wide), &inverse);
+        bool wide;
+        power = fa_split_power<FA_VALUE_POWER>(fa_f32_peak(s, x, &wide), &inverse);
         more = at.next(p);
         fa_mbar_wait(&s.v_empty[stage.index], stage.parity ^ 1);
         s.v_inverse[stage.index] = wide ? CUDART_NAN_F : inverse;
         x.template store<true>(fa_shared_address(s.v[stage.index]), power,
-                               fa_f32_source<Block>(p, p.k, at, p.D, more));
+                               fa_f32_source<Block>(p, p.k, at, p.D), warp_bar);
         fa_f32_announce(&s.v_full[stage.index]);
     }
 }

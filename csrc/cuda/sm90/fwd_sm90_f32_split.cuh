@@ -73,17 +73,18 @@ __device__ __forceinline__ uint32_t fa_shrink_pair(uint32_t h)
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
-/* 16 or 8 bytes, zeros where they are not `there`; reads stay in the order of the text */
-__device__ __forceinline__ float4 fa_load_f32x4(const float *from, bool there)
+/* 16 bytes, before what a barrier behind it orders */
+__device__ __forceinline__ float4 fa_load_f32x4(const float *from)
 {
     float4 x;
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %5, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\t"
-                 "mov.b32 %3, 0;\n\t@p ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];\n\t}"
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "l"(from), "r"((int)there));
+                 : "l"(from)
+                 : "memory");
     return x;
 }
 
+/* 8 bytes, zeros where they are not `there` */
 __device__ __forceinline__ float2 fa_load_f32x2(const float *from, bool there)
 {
     float2 x;
@@ -102,32 +103,33 @@ __device__ __forceinline__ void fa_store_shared_x2(uint32_t to, uint32_t a, uint
 /* ---- a block of K or V, split by a warpgroup --------------------------------------------------------------------- */
 
 /* BN rows of W columns: a thread has four columns of every STRIDE-th row. In shared memory the high parts, then the low
- * ones, in panels of 64 columns: rows of 128 bytes, swizzled. */
+ * ones, in panels of 64 columns: rows of 128 bytes, swizzled. What lies outside of the tensor is its last row or its last
+ * columns once more: such keys are hidden, and such columns meet zeros of Q or are not stored. */
 template <int W, int BN> struct fa_split_block {
     static constexpr int LANES = W / 4, STRIDE = FA_WARPGROUP / LANES, STEPS = BN / STRIDE, PART = BN * W * 2;
     float4 x[STEPS];
 
     /* Where this thread's numbers of a block come from. */
     struct source {
-        const float *at; /* in its first row */
-        int64_t step;    /* to its next row */
-        int rows;        /* that are there, from its first row on */
+        const char *at; /* in the tensor's row 0 */
+        int row, last;  /* this thread's first row; the tensor's last one */
+        int step;       /* bytes from row to row */
     };
 
-    static __device__ __forceinline__ source of(const float *first_row, int64_t stride, int rows, int columns)
+    static __device__ __forceinline__ source of(const float *row_0, int64_t stride, int row, int rows, int columns)
     {
-        int column = threadIdx.x % LANES * 4, row = threadIdx.x % FA_WARPGROUP / LANES;
-        return {first_row + row * stride + column, STRIDE * stride, column < columns ? rows - row : 0};
+        int column = min((int)threadIdx.x % LANES * 4, columns - 4);
+        return {(const char *)(row_0 + column), row + (int)threadIdx.x / LANES, rows - 1, (int)stride * 4};
     }
 
     __device__ __forceinline__ void load(const source &s, int i)
     {
-        x[i] = fa_load_f32x4(s.at + i * s.step, i * STRIDE < s.rows);
+        x[i] = fa_load_f32x4((const float *)(s.at + (int64_t)min(s.row + i * STRIDE, s.last) * s.step));
     }
 
-    /* Bits of the largest magnitude of this warp's part, and of the least largest magnitude of four neighbours that are
-     * not all zero, less 1. */
-    __device__ __forceinline__ void extremes(uint32_t *peak, uint32_t *low) const
+    /* Bits of the largest magnitude of this warp's part. Returns those of the least magnitude, less 1, that is the
+     * largest of four neighbours, zeros left out. */
+    __device__ __forceinline__ uint32_t extremes(uint32_t *peak) const
     {
         float top = 0.f;
         uint32_t least = 0xffffffff;
@@ -138,14 +140,25 @@ template <int W, int BN> struct fa_split_block {
             top = fa_max_magnitude(top, four);
         }
         *peak = fa_warp_peak(top);
-        *low = __reduce_min_sync(0xffffffff, least);
+        return __reduce_min_sync(0xffffffff, least);
     }
 
-    /* Stores the parts of x `power`, and loads the block that comes after this one. */
-    template <bool SCALED>
-    __device__ __forceinline__ void store(uint32_t to, float power, const source &next_block)
+    __device__ __forceinline__ uint32_t peak(void) const
     {
-        int column = threadIdx.x % LANES, row = threadIdx.x % FA_WARPGROUP / LANES;
+        float top = 0.f;
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+            top = fa_max_magnitude(fa_max_magnitude(fa_max_magnitude(fa_max_magnitude(top, x[i].x), x[i].y), x[i].z),
+                                   x[i].w);
+        return fa_warp_peak(top);
+    }
+
+    /* Stores the parts of x `power`, and loads the block that comes after this one. warp_bar: a named barrier of this warp's
+     * own. */
+    template <bool SCALED>
+    __device__ __forceinline__ void store(uint32_t to, float power, const source &next_block, int warp_bar)
+    {
+        int column = threadIdx.x % LANES, row = threadIdx.x / LANES;
         uint32_t own = to + column / 16 * (BN * 128) + column % 2 * 8;
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
@@ -154,10 +167,12 @@ template <int W, int BN> struct fa_split_block {
             load(next_block, i);
             fa_split_pair<SCALED>(y.x * power, y.y * power, &h[0], &l[0]);
             fa_split_pair<SCALED>(y.z * power, y.w * power, &h[1], &l[1]);
-            int r = row + i * STRIDE;
-            uint32_t at = own + r * 128 + ((column % 16 / 2 ^ r % 8) << 4);
+            int first = i * STRIDE % 8; /* of the eight rows of a swizzle, row being below STRIDE */
+            uint32_t at = own + (row + first) * 128 + ((column % 16 / 2 ^ (row + first)) << 4) + i * STRIDE / 8 * 1024;
             fa_store_shared_x2(at, h[0], h[1]);
             fa_store_shared_x2(at + PART, l[0], l[1]);
+            if (i % 4 == 3) /* so that the assembler does not move all loads behind all stores */
+                fa_bar_sync(warp_bar, FA_WARP);
         }
     }
 };
