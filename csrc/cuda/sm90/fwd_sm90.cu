@@ -61,9 +61,10 @@ static bool is_packed_or_dense(const fa_args *a)
 static bool can_f32(const fa_args *a)
 {
     const int64_t tiles = a->q.size[0] * a->q.size[1] * ((a->q.size[2] + 127) / 128);
-    return !a->allow_tf32 && fa_fwd_sm90_is_plain(a) && a->k.size[2] > 0 && a->q.size[3] <= 128 && a->v.size[3] <= 128 &&
-           (tiles >= FA_F32_TILES || a->k.size[2] <= FA_F32_KEYS) && has_pieces(&a->q) && has_short_rows(&a->k) &&
-           has_short_rows(&a->v) && has_pieces(&a->out);
+    const bool sizes = a->q.size[3] <= 128 && a->v.size[3] <= 128 && a->k.size[2] > 0;
+    return sizes && (tiles >= FA_F32_TILES || a->k.size[2] <= FA_F32_KEYS) && !a->allow_tf32 &&
+           fa_fwd_sm90_is_plain(a) && has_pieces(&a->q) && has_short_rows(&a->k) && has_short_rows(&a->v) &&
+           has_pieces(&a->out);
 }
 
 extern "C" bool fa_fwd_sm90_can(const fa_args *a)

@@ -1,7 +1,7 @@
 /* Forward attention on Hopper for fp32: products by wgmma on two parts of fp16 (fwd_sm90_f32_split.cuh).
  *
- * One warpgroup reads K and V, splits them and stores the parts where wgmma reads them; two compute, 64 queries each,
- * and take turns at the tensor cores. The tensor cores cut off their sums instead of rounding them: so a block's
+ * Two warpgroups read K and V, split them and store the parts where wgmma reads them; two compute, 64 queries each, and
+ * take turns at the tensor cores. The tensor cores cut off their sums instead of rounding them: so a block's
  * product with V starts from zero and is added to O by an ordinary multiply-add, which also takes the inverse of V's
  * power of two, and small products come before large ones.
  */
@@ -13,13 +13,15 @@
 #include "fwd_sm90_f32_repair.cuh"
 #include "fwd_sm90_f32_split.cuh"
 
-/* Head dimensions D and DV, 64 or 128; blocks of BN keys, STAGES of them. QUERIES_HELD: Q stays in registers. */
+/* Head dimensions D and DV, 64 or 128; blocks of BN keys, STAGES of them. QUERIES_HELD: the parts of Q stay in
+ * registers, else in shared memory. */
 template <int D_, int DV_, int BN_, int STAGES_, bool QUERIES_HELD_> struct fa_f32_config {
     using T = fa_f16_t;
     static constexpr int D = D_, DV = DV_, WGS = 2, BN = BN_, BM = 64 * WGS, STAGES = STAGES_;
     static constexpr bool QUERIES_HELD = QUERIES_HELD_;
-    static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
-    static constexpr int PRODUCER_REGISTERS = 88, CONSUMER_REGISTERS = 208;
+    static constexpr int PRODUCERS = 2, THREADS = FA_WARPGROUP * (WGS + PRODUCERS);
+    static constexpr int SPLITTERS = PRODUCERS * FA_WARPGROUP / FA_WARP; /* warps that split */
+    static constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 200;
     static constexpr int K_PART = BN * D * 2, V_PART = BN * DV * 2, Q_PART = 64 * D * 2; /* bytes */
 };
 
@@ -29,7 +31,7 @@ template <class C> struct fa_f32_shared {
     alignas(1024) unsigned char k[C::STAGES][2 * C::K_PART];
     alignas(1024) unsigned char v[C::STAGES][2 * C::V_PART];
     float k_inverse[C::STAGES], v_inverse[C::STAGES]; /* of the powers of two */
-    alignas(16) uint32_t k_peak[4], v_peak[4], v_least[4]; /* each warp's, of the block that is split */
+    alignas(16) uint32_t k_peak[C::SPLITTERS], v_peak[C::SPLITTERS], v_least[C::SPLITTERS]; /* of the block at hand */
     uint64_t k_full[C::STAGES], k_empty[C::STAGES];
     uint64_t v_full[C::STAGES], v_empty[C::STAGES];
 };
@@ -73,16 +75,22 @@ __device__ __forceinline__ typename Block::source fa_f32_source(const fa_fwd_sm9
     return Block::of(fa_row_of<float>(v, c.t.b, c.t.h / p.group, 0), v.row, c.block * C::BN, p.SK, columns);
 }
 
-/* The largest of the four warps' numbers, or the least. */
-template <class Reduce> __device__ __forceinline__ uint32_t fa_of_four(const uint32_t (&x)[4], const Reduce &reduce)
+/* The largest of the warps' numbers, or the least. */
+template <int N, class Reduce>
+__device__ __forceinline__ uint32_t fa_of_warps(const uint32_t (&x)[N], const Reduce &reduce)
 {
-    uint4 a = *(const uint4 *)x;
-    return reduce(reduce(a.x, a.y), reduce(a.z, a.w));
+    uint32_t y = x[0];
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        uint4 a = *(const uint4 *)&x[i];
+        y = reduce(y, reduce(reduce(a.x, a.y), reduce(a.z, a.w)));
+    }
+    return y;
 }
 
-__device__ __forceinline__ uint32_t fa_largest_of_four(const uint32_t (&x)[4])
+template <int N> __device__ __forceinline__ uint32_t fa_largest_of_warps(const uint32_t (&x)[N])
 {
-    return fa_of_four(x, [](uint32_t a, uint32_t b) { return max(a, b); });
+    return fa_of_warps(x, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 
 /* Bits of the largest magnitude of a block of K. */
@@ -91,8 +99,8 @@ template <class C, class Block> __device__ __forceinline__ uint32_t fa_f32_peak(
     uint32_t peak = x.peak();
     if (threadIdx.x % FA_WARP == 0)
         s.k_peak[threadIdx.x / FA_WARP] = peak;
-    fa_bar_sync(FA_BAR_SPLIT, FA_WARPGROUP);
-    return fa_largest_of_four(s.k_peak);
+    fa_bar_sync(FA_BAR_SPLIT, C::PRODUCERS * FA_WARPGROUP);
+    return fa_largest_of_warps(s.k_peak);
 }
 
 /* The same of V; *wide: some are too much smaller. */
@@ -104,9 +112,9 @@ __device__ __forceinline__ uint32_t fa_f32_peak(fa_f32_shared<C> &s, const Block
         s.v_peak[threadIdx.x / FA_WARP] = peak;
         s.v_least[threadIdx.x / FA_WARP] = least;
     }
-    fa_bar_sync(FA_BAR_SPLIT, FA_WARPGROUP);
-    peak = fa_largest_of_four(s.v_peak);
-    least = fa_of_four(s.v_least, [](uint32_t a, uint32_t b) { return min(a, b); });
+    fa_bar_sync(FA_BAR_SPLIT, C::PRODUCERS * FA_WARPGROUP);
+    peak = fa_largest_of_warps(s.v_peak);
+    least = fa_of_warps(s.v_least, [](uint32_t a, uint32_t b) { return min(a, b); });
     *wide = peak >= FA_F32_SPREAD && least < peak - FA_F32_SPREAD;
     return peak;
 }
@@ -121,13 +129,13 @@ __device__ __forceinline__ void fa_f32_announce(uint64_t *bar)
 
 /* Time runs downwards:
  *
- *   memory       this warpgroup
+ *   memory       these warpgroups
  *   V j          largest of K j; wait for its place; store the parts of K j, load V j where K j was
  *   K j - 1      largest of V j; wait for its place; store the parts of V j, load K j - 1 where V j was
  */
 template <class C> __device__ __forceinline__ void fa_f32_produce(const fa_fwd_sm90_params &p, fa_f32_shared<C> &s)
 {
-    using Block = fa_split_block<C::D, C::BN>;
+    using Block = fa_split_block<C::D, C::BN, C::PRODUCERS * FA_WARPGROUP>;
     static_assert(C::D == C::DV, "K and V take turns in the same registers");
     fa_f32_cursor<C> at(p);
     const int warp_bar = FA_BAR_WARP + threadIdx.x / FA_WARP;
@@ -318,7 +326,8 @@ __device__ __forceinline__ void fa_f32_softmax(float (&s)[C::BN / 2], fa_f32_row
     }
 }
 
-template <class C> __device__ __forceinline__ void fa_f32_split_weights(const float (&s)[C::BN / 2], fa_f32_weights<C> &w)
+template <class C>
+__device__ __forceinline__ void fa_f32_split_weights(const float (&s)[C::BN / 2], fa_f32_weights<C> &w)
 {
 #pragma unroll
     for (int i = 0; i < C::BN / 4; i++) {
@@ -546,18 +555,18 @@ __device__ __forceinline__ void fa_f32_consume(const fa_fwd_sm90_params &p, fa_f
 
 template <class C> __device__ __forceinline__ void fa_f32_init_barriers(fa_f32_shared<C> &s)
 {
-    constexpr int warps = FA_WARPGROUP / FA_WARP; /* one arrival for each */
+    constexpr int consumers = C::WGS * FA_WARPGROUP / FA_WARP; /* one arrival for each warp */
 #pragma unroll
     for (int i = 0; i < C::STAGES; i++) {
-        fa_mbar_init(&s.k_full[i], warps);
-        fa_mbar_init(&s.v_full[i], warps);
-        fa_mbar_init(&s.k_empty[i], C::WGS * warps);
-        fa_mbar_init(&s.v_empty[i], C::WGS * warps);
+        fa_mbar_init(&s.k_full[i], C::SPLITTERS);
+        fa_mbar_init(&s.v_full[i], C::SPLITTERS);
+        fa_mbar_init(&s.k_empty[i], consumers);
+        fa_mbar_init(&s.v_empty[i], consumers);
     }
     fa_mbar_fence_init();
 }
 
-/* Persistent: at most one block for each multiprocessor. Warpgroup 0 loads and splits, the others compute. */
+/* Persistent: at most one block for each multiprocessor. */
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) fa_fwd_sm90_f32_kernel(const __grid_constant__ fa_fwd_sm90_params p)
 {
@@ -567,12 +576,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) fa_fwd_sm90_f32_kernel(const __
     if (threadIdx.x == 0)
         fa_f32_init_barriers(s);
     __syncthreads();
-    if (warpgroup == 0) {
+    if (warpgroup < C::PRODUCERS) {
         fa_registers_shrink<C::PRODUCER_REGISTERS>();
         fa_f32_produce<C>(p, s);
     } else {
         fa_registers_grow<C::CONSUMER_REGISTERS>();
-        fa_f32_consume<C>(p, s, warpgroup - 1);
+        fa_f32_consume<C>(p, s, warpgroup - C::PRODUCERS);
     }
 }
 

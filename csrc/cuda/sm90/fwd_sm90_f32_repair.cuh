@@ -48,7 +48,8 @@ __device__ __forceinline__ void fa_f32_row_keys(fa_f32_row<DV> &r, const fa_fwd_
     }
 }
 
-template <int D, int DV> __device__ __noinline__ void fa_f32_repair_row(const fa_fwd_sm90_params &p, int b, int h, int row)
+template <int D, int DV>
+__device__ __noinline__ void fa_f32_repair_row(const fa_fwd_sm90_params &p, int b, int h, int row)
 {
     const int lane = threadIdx.x % FA_WARP, head = h / p.group;
     const int lo = max(0, row + p.lo_shift), hi = min(p.SK, row + p.hi_shift);
@@ -72,7 +73,8 @@ template <int D, int DV> __device__ __noinline__ void fa_f32_repair_row(const fa
 }
 
 /* Was what this warp stored of the row not finite? */
-template <int DV> __device__ __forceinline__ bool fa_f32_row_is_spoilt(const fa_fwd_sm90_params &p, int b, int h, int row)
+template <int DV>
+__device__ __forceinline__ bool fa_f32_row_is_spoilt(const fa_fwd_sm90_params &p, int b, int h, int row)
 {
     const float *out = fa_row_of<float>(p.out, b, h, row);
     float probe = p.lse[((int64_t)b * p.HQ + h) * p.SQ + row];

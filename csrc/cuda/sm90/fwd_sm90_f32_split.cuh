@@ -1,5 +1,5 @@
-/* fp32 as two parts of fp16, for products on tensor cores that keep the accuracy of fp32 (Ootomo and Yokota, "Recovering
- * single precision accuracy from Tensor Cores", 2022).
+/* fp32 as two parts of fp16, for products on tensor cores that keep the accuracy of fp32 (Ootomo and Yokota,
+ * "Recovering single precision accuracy from Tensor Cores", 2022).
  *
  *   x 2^n = high + low,  high = fp16(x 2^n), low = fp16(x 2^n - high)        22 to 23 bits
  *   a b = high high + high low + low high, low low being below 2^-24 of a b
@@ -100,13 +100,14 @@ __device__ __forceinline__ void fa_store_shared_x2(uint32_t to, uint32_t a, uint
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 
-/* ---- a block of K or V, split by a warpgroup --------------------------------------------------------------------- */
+/* ---- a block of K or V, split by warpgroups --------------------------------------------------------------------- */
 
-/* BN rows of W columns: a thread has four columns of every STRIDE-th row. In shared memory the high parts, then the low
- * ones, in panels of 64 columns: rows of 128 bytes, swizzled. What lies outside of the tensor is its last row or its last
- * columns once more: such keys are hidden, and such columns meet zeros of Q or are not stored. */
-template <int W, int BN> struct fa_split_block {
-    static constexpr int LANES = W / 4, STRIDE = FA_WARPGROUP / LANES, STEPS = BN / STRIDE, PART = BN * W * 2;
+/* BN rows of W columns, by the first THREADS threads: each has four columns of every STRIDE-th row. In shared memory the
+ * high parts, then the low ones, in panels of 64 columns: rows of 128 bytes, swizzled. What lies outside of the tensor
+ * is its last row or its last columns once more: such keys are hidden, and such columns meet zeros of Q or are not
+ * stored. */
+template <int W, int BN, int THREADS> struct fa_split_block {
+    static constexpr int LANES = W / 4, STRIDE = THREADS / LANES, STEPS = BN / STRIDE, PART = BN * W * 2;
     float4 x[STEPS];
 
     /* Where this thread's numbers of a block come from. */
@@ -153,8 +154,8 @@ template <int W, int BN> struct fa_split_block {
         return fa_warp_peak(top);
     }
 
-    /* Stores the parts of x `power`, and loads the block that comes after this one. warp_bar: a named barrier of this warp's
-     * own. */
+    /* Stores the parts of x `power`, and loads the block that comes after this one. warp_bar: a named barrier of
+     * this warp's own. */
     template <bool SCALED>
     __device__ __forceinline__ void store(uint32_t to, float power, const source &next_block, int warp_bar)
     {
@@ -167,8 +168,8 @@ template <int W, int BN> struct fa_split_block {
             load(next_block, i);
             fa_split_pair<SCALED>(y.x * power, y.y * power, &h[0], &l[0]);
             fa_split_pair<SCALED>(y.z * power, y.w * power, &h[1], &l[1]);
-            int first = i * STRIDE % 8; /* of the eight rows of a swizzle, row being below STRIDE */
-            uint32_t at = own + (row + first) * 128 + ((column % 16 / 2 ^ (row + first)) << 4) + i * STRIDE / 8 * 1024;
+            int swizzle = (row + i * STRIDE % 8) % 8;
+            uint32_t at = own + row * 128 + ((column % 16 / 2 ^ swizzle) << 4) + i * STRIDE * 128;
             fa_store_shared_x2(at, h[0], h[1]);
             fa_store_shared_x2(at + PART, l[0], l[1]);
             if (i % 4 == 3) /* so that the assembler does not move all loads behind all stores */
