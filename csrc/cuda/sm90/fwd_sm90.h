@@ -16,8 +16,8 @@ extern "C" {
  * and of f32 where it is not to be rounded to TF32, with
  *   - D and DV multiples of 4 up to 128; last strides 1, other strides multiples of 4, those of rows of k and v below
  *     2^29, data aligned to 16 bytes;
- *   - nothing but causal and windows, at least one key, a scale above 0; where keys are many and tiles few, kernels that
- *     split keys are better.
+ *   - nothing but causal and windows, at least one key, a scale above 0; not few tiles with many keys, which kernels
+ *     that split keys do better.
  * NaN and infinities of a hidden key reach no row; those of V cost time. V past the last key is never used. */
 bool fa_fwd_sm90_can(const fa_args *a);
 

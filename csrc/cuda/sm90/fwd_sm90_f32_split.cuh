@@ -102,10 +102,10 @@ __device__ __forceinline__ void fa_store_shared_x2(uint32_t to, uint32_t a, uint
 
 /* ---- a block of K or V, split by warpgroups --------------------------------------------------------------------- */
 
-/* BN rows of W columns, by the first THREADS threads: each has four columns of every STRIDE-th row. In shared memory the
- * high parts, then the low ones, in panels of 64 columns: rows of 128 bytes, swizzled. What lies outside of the tensor
- * is its last row or its last columns once more: such keys are hidden, and such columns meet zeros of Q or are not
- * stored. */
+/* BN rows of W columns, by the first THREADS threads: each has four columns of every STRIDE-th row. In shared memory
+ * the high parts, then the low ones, in panels of 64 columns: rows of 128 bytes, swizzled. What lies outside of the
+ * tensor is its last row or its last columns once more: such keys are hidden, and such columns meet zeros of Q or are
+ * not stored. */
 template <int W, int BN, int THREADS> struct fa_split_block {
     static constexpr int LANES = W / 4, STRIDE = THREADS / LANES, STEPS = BN / STRIDE, PART = BN * W * 2;
     float4 x[STEPS];
