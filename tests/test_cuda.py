@@ -59,7 +59,7 @@ def test_every_family_is_right(arch, case, dtype):
     check_case(case.but(dtype=dtype))
 
 
-# What the kernels of sm_90 take: bf16 and fp16, rows of whole 16 bytes. Masks of 320 keys are read in pieces of 16
+# What the kernels of sm_90 take in bf16 and fp16: rows of whole 16 bytes. Masks of 320 keys are read in pieces of 16
 # bytes, those of 331 element by element.
 HOPPER = [
     Case(B=2, HQ=2, HK=2, SQ=300, SK=300, D=64),
@@ -98,6 +98,57 @@ def test_kernels_of_hopper_are_right(arch, case, dtype):
                    device=0)
     assert "_sm90_" in plan["kernel"]
     check_case(made)
+
+
+# float32 without options.
+HOPPER_F32 = [
+    Case(B=2, HQ=2, HK=2, SQ=300, SK=300, D=64),
+    Case(B=1, HQ=4, HK=2, SQ=257, SK=390, D=128, options=("causal",)),
+    Case(B=8, HQ=6, HK=2, SQ=130, SK=1030, D=64, options=("lower_right",)),
+    Case(B=1, HQ=2, HK=1, SQ=500, SK=500, D=96, options=("window",)),
+    Case(B=1, HQ=64, HK=64, SQ=20, SK=700, D=128, DV=64),
+    Case(B=2, HQ=2, HK=2, SQ=333, SK=1, D=36, DV=100),
+    Case(B=2, HQ=2, HK=2, SQ=200, SK=100, D=128, options=("lower_right",)),
+]
+
+
+@on_hopper
+@pytest.mark.parametrize("case", HOPPER_F32, ids=lambda c: c.id)
+@pytest.mark.parametrize("arch", ("sm90",), indirect=True)
+def test_float32_kernels_of_hopper_are_right(arch, case):
+    plan = _C.plan("forward", "float32", case.B, case.HQ, case.HK, case.SQ, case.SK, case.D, case.DV or case.D, threads=1,
+                   device=0)
+    assert "_sm90_f32_" in plan["kernel"]
+    check_case(case)
+
+
+# What two parts of fp16 cannot hold beside each other, and what they can if each block has its own power of two.
+WILD = {
+    "large scores": lambda q, k, v: (q * 200, k * 200, v),
+    "small scores": lambda q, k, v: (q * 1e-15, k * 1e-15, v),
+    "large and small": lambda q, k, v: (q * 1e-15, k * 1e15, v * 1e-30),
+    "large values": lambda q, k, v: (q, k, v * 1e30),
+    "subnormal values": lambda q, k, v: (q, k, v * 1e-40),
+    "no values": lambda q, k, v: (q, k, v * 0),
+    "one large column": lambda q, k, v: (q, k, torch.cat((v[..., :1] * 1e12, v[..., 1:]), -1)),
+    "one large key": lambda q, k, v: (q, torch.cat((k[:, :, :1] * 300, k[:, :, 1:]), 2), v),
+    "large hidden values": lambda q, k, v: (q, k, torch.cat((v[:, :, :200], v[:, :, 200:] * 1e30), 2)),
+    "large hidden keys": lambda q, k, v: (q, torch.cat((k[:, :, :200], k[:, :, 200:] * 1e30), 2), v),
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("change", WILD.values(), ids=WILD)
+@pytest.mark.parametrize("D", (64, 128))
+@pytest.mark.parametrize("arch", ("sm90",), indirect=True)
+def test_wild_float32(arch, D, change):
+    """Every column is as exact as its own values let it be."""
+    q, k, v = change(*torch.randn(3, 1, 2, 300, D))
+    out = SDPA(q, k, v, is_causal=True)[:, :, :200].double()
+    ref = fa.reference.attention(q.double(), k.double(), v.double(), is_causal=True)[:, :, :200]
+    error, size = (out - ref).abs().amax((0, 1, 2)), v[:, :, :200].double().abs().amax((0, 1, 2))
+    scores = (q @ k.mT)[:, :, :200, :200].tril().abs().max().item() / math.sqrt(D)
+    assert (error <= torch.finfo(torch.float32).eps * (8 + scores) * size + 1e-44).all()
 
 
 # Every option of Hopper's backward by itself, with several tiles of queries and keys, and some together; masks of every

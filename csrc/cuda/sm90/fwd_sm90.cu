@@ -13,16 +13,37 @@ extern "C" {
 #define FA_DECLARE(name, ...) extern const fa_sm90_instance fa_fwd_sm90_bf16_##name, fa_fwd_sm90_f16_##name;
 FA_FWD_SM90_INSTANCES(FA_DECLARE)
 #undef FA_DECLARE
+extern const fa_sm90_instance fa_fwd_sm90_f32_hd64, fa_fwd_sm90_f32_hd128;
 }
+
+/* Below so many tiles of 128 queries the fp32 kernel leaves calls with more keys to kernels that split them. */
+enum { FA_F32_TILES = 64, FA_F32_KEYS = 512 };
 
 /* ---- what it can do -------------------------------------------------------------------------------------------- */
 
+/* Rows in pieces of 16 bytes. */
+static bool has_pieces(const fa_tensor *t)
+{
+    const int64_t piece = 16 / (int64_t)fa_dtype_size(t->dtype);
+    bool ok = t->stride[3] == 1 && (uintptr_t)t->data % 16 == 0 && t->size[3] % piece == 0;
+    for (int i = 0; i < 3; i++)
+        ok = ok && (t->size[i] == 1 || t->stride[i] % piece == 0);
+    return ok;
+}
+
+/* The kernel for fp32 counts the bytes from row to row of K and V in 32 bits. */
+static bool has_short_rows(const fa_tensor *t)
+{
+    return has_pieces(t) && t->stride[2] < (1 << 29) && t->stride[2] > -(1 << 29);
+}
+
+/* By a tensor map. */
 static bool readable(const fa_tensor *t)
 {
-    bool ok = t->stride[3] == 1 && (uintptr_t)t->data % 16 == 0 && t->size[3] % 8 == 0;
+    bool ok = has_pieces(t);
     ok = ok && (t->size[2] == 1 || t->stride[2] != 0); /* a map has no broadcast along the rows of its boxes */
     for (int i = 0; i < 3; i++)
-        ok = ok && (t->size[i] == 1 || (t->stride[i] >= 0 && t->stride[i] % 8 == 0 && t->stride[i] < (int64_t)1 << 38));
+        ok = ok && (t->size[i] == 1 || (t->stride[i] >= 0 && t->stride[i] < (int64_t)1 << 38));
     return ok;
 }
 
@@ -35,12 +56,25 @@ static bool is_packed_or_dense(const fa_args *a)
            a->splits_wanted <= 1 && a->kv_appended == 0;
 }
 
+/* fp32, plain; and enough tiles, since keys are not split here: by the shape alone, so that bits are the same on every
+ * GPU. */
+static bool can_f32(const fa_args *a)
+{
+    const int64_t tiles = a->q.size[0] * a->q.size[1] * ((a->q.size[2] + 127) / 128);
+    const bool sizes = a->q.size[3] <= 128 && a->v.size[3] <= 128 && a->k.size[2] > 0;
+    return sizes && (tiles >= FA_F32_TILES || a->k.size[2] <= FA_F32_KEYS) && !a->allow_tf32 &&
+           fa_fwd_sm90_is_plain(a) && has_pieces(&a->q) && has_short_rows(&a->k) && has_short_rows(&a->v) &&
+           has_pieces(&a->out);
+}
+
 extern "C" bool fa_fwd_sm90_can(const fa_args *a)
 {
     bool type = a->q.dtype == FA_BF16 || a->q.dtype == FA_F16;
     int64_t tiles = a->q.size[2] / 128 + 1 + (a->cu_q.data ? a->cu_q.size[0] : 0);
     bool sizes = a->q.size[3] <= 256 && a->v.size[3] <= 256 &&
                  a->q.size[0] * a->q.size[1] <= FA_POSITION_BOUND / tiles; /* they are counted in int32 */
+    if (a->q.dtype == FA_F32)
+        return sizes && can_f32(a);
     return type && sizes && is_packed_or_dense(a) && readable(&a->q) && readable(&a->k) && readable(&a->v) &&
            readable(&a->out);
 }
@@ -178,7 +212,7 @@ static fa_status launch_plain(const fa_args *a, const fa_sm90_instance *f, int p
 {
     fa_fwd_sm90_params p = {};
     fill_sizes(&p, a, f, processors);
-    fa_status status = fill_maps(&p, a, f, err);
+    fa_status status = a->q.dtype == FA_F32 ? FA_OK : fill_maps(&p, a, f, err);
     return status ? status : start(f, &p, p.units, processors, stream, err);
 }
 
@@ -217,7 +251,8 @@ extern "C" fa_status fa_fwd_sm90_launch_instance(const fa_args *a, const fa_sm90
 extern "C" const fa_sm90_instance *fa_fwd_sm90_instance_at(int i)
 {
 #define FA_BOTH(name, ...) &fa_fwd_sm90_bf16_##name, &fa_fwd_sm90_f16_##name,
-    static const fa_sm90_instance *const all[] = {FA_FWD_SM90_INSTANCES(FA_BOTH)};
+    static const fa_sm90_instance *const all[] = {FA_FWD_SM90_INSTANCES(FA_BOTH) &fa_fwd_sm90_f32_hd64,
+                                                  &fa_fwd_sm90_f32_hd128};
 #undef FA_BOTH
     return i < (int)(sizeof all / sizeof all[0]) ? all[i] : NULL;
 }
@@ -228,6 +263,8 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a)
 {
 #define FA_PICK(name) (a->q.dtype == FA_BF16 ? &fa_fwd_sm90_bf16_##name : &fa_fwd_sm90_f16_##name)
     int64_t D = a->q.size[3], DV = a->v.size[3];
+    if (a->q.dtype == FA_F32)
+        return D <= 64 && DV <= 64 ? &fa_fwd_sm90_f32_hd64 : &fa_fwd_sm90_f32_hd128;
     bool band = a->window_left >= 0 || a->window_right >= 0;
     if (!fa_fwd_sm90_is_plain(a) && !needs_all(a))
         return D <= 64 && DV <= 64     ? FA_PICK(hd64_len)

@@ -1,4 +1,4 @@
-/* Forward attention on Hopper (compute capability 9.0): bf16 and fp16. */
+/* Forward attention on Hopper (compute capability 9.0): bf16, fp16, and fp32 without options. */
 #ifndef FA_FWD_SM90_H
 #define FA_FWD_SM90_H
 
@@ -13,6 +13,11 @@ extern "C" {
  *   - D and DV multiples of 8 up to 256; last strides 1, other strides of sizes above 1 multiples of 8 and not negative
  *     (0, a broadcast, for heads and batches of q, k and v), data aligned to 16 bytes;
  *   - all options, lengths and packed sequences; no pages, quantised keys and tree masks.
+ * and of f32 where it is not to be rounded to TF32, with
+ *   - D and DV multiples of 4 up to 128; last strides 1, other strides multiples of 4, those of rows of k and v below
+ *     2^29, data aligned to 16 bytes;
+ *   - nothing but causal and windows, at least one key, a scale above 0; not few tiles with many keys, which kernels
+ *     that split keys do better.
  * NaN and infinities of a hidden key reach no row; those of V cost time. V past the last key is never used. */
 bool fa_fwd_sm90_can(const fa_args *a);
 

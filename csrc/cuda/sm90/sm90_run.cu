@@ -51,7 +51,8 @@ static void plan_forward(const fa_args *a, int device, fa_plan *p)
     plan_instance(a, fa_fwd_sm90_choose(a), p);
     p->tasks = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], p->block_rows) * a->q.size[1];
     p->shared_bytes = fa_fwd_sm90_workspace(a);
-    p->why = fa_fwd_sm90_is_plain(a)
+    p->why = a->q.dtype == FA_F32 ? "float32 on Hopper: wgmma on two parts of fp16, split by warps with that role"
+             : fa_fwd_sm90_is_plain(a)
                  ? "a plain call on Hopper: wgmma, K and V by the copy engine, warps with roles of their own"
                  : "Hopper: wgmma, K and V by the copy engine; masks are fetched beside the products";
 }
