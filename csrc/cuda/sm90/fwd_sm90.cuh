@@ -24,17 +24,25 @@
 /* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
  * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
  * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. OPTIONS:
- * FA_PLAIN, nothing but causal and windows; FA_LENGTHS, also lengths, packed rows and sinks; FA_ALL. */
+ * fwd_sm90_params.h. */
 template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_, int OPTIONS_>
 struct fa_fwd_sm90_config {
-    static constexpr bool BESIDE = BESIDE_, MOD = OPTIONS_ != FA_PLAIN, ALL = OPTIONS_ == FA_ALL;
+    static constexpr bool BESIDE = BESIDE_, MOD = OPTIONS_ != FA_PLAIN;
+    static constexpr int OPTIONS = OPTIONS_;
     using T = T_;
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
     static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
     static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32;
     static constexpr int CONSUMER_REGISTERS = WGS == 2 ? 240 : 160;
+    static constexpr int MASK = OPTIONS == FA_ALL || OPTIONS == FA_BIAS ? BM * BN * 2 : OPTIONS == FA_BITS ? BM * BN : 16;
 };
+
+/* FA_MOD_* of the call. */
+template <class C> __device__ __forceinline__ int fa_what(const fa_fwd_sm90_mod_params &p)
+{
+    return C::OPTIONS == FA_ALL ? p.what : C::OPTIONS;
+}
 
 /* What only the instances with MOD have. */
 template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
@@ -42,7 +50,7 @@ template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
     using params = fa_fwd_sm90_params;
 };
 template <class C> struct fa_fwd_sm90_types<C, true> {
-    using shared = fa_mod_shared<C::STAGES, C::ALL ? C::BM * C::BN * 2 : 16>;
+    using shared = fa_mod_shared<C::STAGES, C::MASK>;
     using params = fa_fwd_sm90_mod_params;
 };
 
@@ -328,8 +336,7 @@ __device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, f
                                               const fa_mod_tile &t, float (&s)[C::BN / 2], int row, int key,
                                               const fa_mod_block &m)
 {
-    if (C::ALL)
-        fa_mod_scores<typename C::T, C::BN>(p, t, row, key, m, s);
+    fa_mod_scores<typename C::T, C::BN>(p, fa_what<C>(p), t, row, key, m, s);
     bool all = key >= row + 63 + t.lo_shift && key + C::BN <= min(t.k_len, row + t.hi_shift) && row + 64 <= t.q_len;
     if (!__all_sync(0xffffffff, all))
         fa_hide_keys<C::BN, true>(s, row, key, t.k_len, t.lo_shift, t.hi_shift, t.q_len);
@@ -340,11 +347,9 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
                                                fa_consumer<C> &c, const fa_mod_tile &t, int row, int key, bool fresh,
                                                bool last, fa_mod_block &m)
 {
-    if constexpr (!C::ALL)
-        return;
-    int own = (threadIdx.x / FA_WARP - 4) * (16 * C::BN * 2); /* this warp's part */
+    int own = (threadIdx.x / FA_WARP - 4) * (C::MASK / (C::BM / 16)); /* this warp's part */
     m.mask = sh.mask[c.mask] + own;
-    fa_mod_fetch<C::BN>(p, t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
+    fa_mod_fetch<C::BN>(p, fa_what<C>(p), t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
     c.mask ^= 1;
 }
 
@@ -352,8 +357,9 @@ template <class C>
 __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, const float (&s)[C::BN / 2],
                                                uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &m)
 {
+    r.blind = r.blind || m.climbs;
     fa_softmax_block<typename C::T, C::BN>(s, w, r, p.plain.scale_log2);
-    if (C::ALL && p.what & FA_MOD_DROPOUT)
+    if (fa_what<C>(p) & FA_MOD_DROPOUT)
         fa_drop<C::BN>(w, m);
 }
 

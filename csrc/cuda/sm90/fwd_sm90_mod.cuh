@@ -20,6 +20,7 @@ struct fa_mod_block {
     uint32_t seen[2]; /* bool mask: bit fa_seen_bit(c, x) of seen[i] */
     uint32_t kept[2]; /* dropout: bit 8 (2 i + x) + 7 - c / 2 of kept[c % 2] */
     char *mask;       /* the warp's part of the mask, in shared memory */
+    bool climbs;      /* the block's maximum is to be looked for at once */
 };
 
 /* Where this thread's elements lie in a block. */
@@ -249,44 +250,66 @@ __device__ __forceinline__ float fa_tanh(float x)
     return fmaf(-2.f, fa_reciprocal(1.f + fa_exp2(2 * FA_LOG2E * x)), 1.f);
 }
 
-/* s = cap tanh(s scale). Where all are below 1/2, as with most caps, tanh x = x P(x^2) to 1e-7: the special functions
- * are left to the softmax. */
-template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], float scale, float cap)
+/* s = cap tanh(s scale). Where all are small, as with most caps, by a polynomial: the special functions are left to the
+ * softmax. */
+template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], const fa_fwd_sm90_mod_params &p)
 {
-    float top = 0.f;
+    int top = 0; /* of the squares' bits, which are in their order; NaN is above all numbers */
 #pragma unroll
-    for (int e = 0; e < R; e++)
-        top = fmaxf(top, fabsf(s[e]));
-    if (__any_sync(0xffffffff, top * fabsf(scale) > 0.5f)) {
+    for (int e = 0; e < R; e += 2)
+        top = __vimax3_s32(top, __float_as_int(s[e] * s[e]), __float_as_int(s[e + 1] * s[e + 1]));
+    if (__any_sync(0xffffffff, !(__int_as_float(top) <= p.cap_limit))) {
 #pragma unroll
         for (int e = 0; e < R; e++)
-            s[e] = cap * fa_tanh(s[e] * scale);
+            s[e] = p.cap * fa_tanh(s[e] * p.scale);
         return;
     }
 #pragma unroll
     for (int e = 0; e < R; e++) {
-        float x = s[e] * scale, z = x * x;
-        float y = fmaf(fmaf(fmaf(0.01724149f, z, -0.053045494f), z, 0.13325879f), z, -0.33333144f);
-        s[e] = x * cap * fmaf(y, z, 1.f);
+        float z = s[e] * s[e];
+        s[e] *= fmaf(fmaf(fmaf(p.cap_terms[3], z, p.cap_terms[2]), z, p.cap_terms[1]), z, p.cap_terms[0]);
     }
 }
 
-/* s = s scale - slope |i + offset - j| */
+/* s = s scale - slope |i + offset - j|; in most blocks all keys lie on one side of all queries. */
 template <int BN>
 __device__ __forceinline__ void fa_add_alibi(float (&s)[BN / 2], const fa_mod_tile &t, fa_mod_place at, float scale)
 {
-    float slope = t.slope;
+    int ahead = at.row + t.offset - at.column; /* of query (0) over key (0, 0) */
+    bool left = ahead >= BN, right = ahead <= -16;
+    if (__all_sync(0xffffffff, left || right)) {
+        float slope = left ? t.slope : -t.slope;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float first = -slope * (float)(ahead + 8 * i);
+#pragma unroll
+            for (int c = 0; c < BN / 8; c++)
+#pragma unroll
+                for (int x = 0; x < 2; x++) {
+                    float &to = s[4 * c + 2 * i + x];
+                    to = fmaf(to, scale, fmaf((float)(8 * c + x), slope, first));
+                }
+        }
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float ahead = (float)(at.row + 8 * i + t.offset - at.column);
+        float first = (float)(ahead + 8 * i);
 #pragma unroll
         for (int c = 0; c < BN / 8; c++)
 #pragma unroll
             for (int x = 0; x < 2; x++) {
                 float &to = s[4 * c + 2 * i + x];
-                to = fmaf(to, scale, -slope * fabsf(ahead - (float)(8 * c + x)));
+                to = fmaf(to, scale, -t.slope * fabsf(first - (float)(8 * c + x)));
             }
     }
+}
+
+/* Does ALiBi raise scores from the block of the next keys to this one by so much that the maximum so far will not do? */
+template <int BN> __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
+{
+    int ahead = row + t.offset - key; /* of the first query of 64 over the first key */
+    return __any_sync(0xffffffff, t.slope * BN > 4.f ? ahead < BN : t.slope * BN < -4.f && ahead > -64);
 }
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
@@ -352,11 +375,11 @@ template <int BN> __device__ __forceinline__ void fa_drop(uint32_t (&w)[BN / 4],
 /* ---- a block, and the end of a tile ------------------------------------------------------------------------------ */
 
 template <int BN>
-__device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+__device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row, int key,
                                              char *to)
 {
     fa_mod_place at = fa_mod_place_of(row, key);
-    if (p.what & FA_MOD_BITS)
+    if (what & FA_MOD_BITS)
         fa_copy_seen<BN>(p, t, at, to);
     else
         fa_copy_bias<BN>(p, t, at, to);
@@ -364,51 +387,52 @@ __device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, co
 
 /* The mask of the next block of the tile is on its way to `next` while this one's is used: it comes from far. */
 template <int BN>
-__device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+__device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row, int key,
                                              bool fresh, bool last, fa_mod_block &m, char *next)
 {
     fa_mod_place at = fa_mod_place_of(row, key);
-    if (p.what & FA_MOD_VECTORS) {
+    if (what & FA_MOD_VECTORS) {
         __syncwarp(); /* the mask that was at `next` is used up */
         if (fresh)
-            fa_copy_mask<BN>(p, t, row, key, m.mask);
+            fa_copy_mask<BN>(p, what, t, row, key, m.mask);
         ptx_cp_async_commit();
         if (!last)
-            fa_copy_mask<BN>(p, t, row, key - BN, next);
+            fa_copy_mask<BN>(p, what, t, row, key - BN, next);
         ptx_cp_async_commit();
         ptx_cp_async_wait<1>();
         __syncwarp();
-        if (p.what & FA_MOD_BITS)
+        if (what & FA_MOD_BITS)
             fa_take_seen<BN>(m);
-    } else if (p.what & FA_MOD_BITS) {
+    } else if (what & FA_MOD_BITS) {
         fa_fetch_seen_singly<BN>(p, t, at, m);
-    } else if ((p.what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
+    } else if ((what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
         fa_fetch_bias_singly<BN>(p, t, at, m.mask);
     }
-    if (p.what & FA_MOD_DROPOUT)
+    if (what & FA_MOD_DROPOUT)
         fa_fetch_kept<BN>(p, t, at, m);
+    m.climbs = what & FA_MOD_ALIBI && fa_alibi_climbs<BN>(t, row, key);
 }
 
 /* Scores in units of log2: scale, softcap, float mask, ALiBi. */
 template <typename T, int BN>
-__device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+__device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, fa_mod_place at,
                                                 const fa_mod_block &m, float (&s)[BN / 2])
 {
     float scale = p.scale; /* that is still to be applied */
-    if (p.what & FA_MOD_CAP) {
-        fa_softcap(s, p.scale, p.cap);
+    if (what & FA_MOD_CAP) {
+        fa_softcap(s, p);
         scale = 1.f;
     }
-    if (p.what & FA_MOD_BIAS) {
-        if (p.what & FA_MOD_WIDE)
+    if (what & FA_MOD_BIAS) {
+        if (what & FA_MOD_WIDE)
             fa_add_wide_bias<BN>(s, p, t, at, scale);
         else
             fa_add_bias<T, BN>(s, m.mask, scale);
         scale = 1.f;
     }
-    if (p.what & FA_MOD_ALIBI) {
+    if (what & FA_MOD_ALIBI) {
         fa_add_alibi<BN>(s, t, at, scale);
-    } else if (!(p.what & (FA_MOD_CAP | FA_MOD_BIAS))) {
+    } else if (!(what & (FA_MOD_CAP | FA_MOD_BIAS))) {
 #pragma unroll
         for (int e = 0; e < BN / 2; e++)
             s[e] *= scale;
@@ -416,12 +440,12 @@ __device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p,
 }
 
 template <typename T, int BN>
-__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
+__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row, int key,
                                               const fa_mod_block &m, float (&s)[BN / 2])
 {
-    if (p.what & FA_MOD_SCALED)
-        fa_scale_scores<T, BN>(p, t, fa_mod_place_of(row, key), m, s);
-    if (p.what & FA_MOD_BITS)
+    if (what & FA_MOD_SCALED)
+        fa_scale_scores<T, BN>(p, what, t, fa_mod_place_of(row, key), m, s);
+    if (what & FA_MOD_BITS)
         fa_hide_unseen<BN>(s, m);
 }
 

@@ -155,8 +155,8 @@ __device__ __forceinline__ bool fa_mod_tile_at(const fa_fwd_sm90_mod_params &p, 
             fa_mod_tile_fill<C::BM, C::BN>(p, t);
     }
     __syncwarp();
-    const int padding = FA_MOD_BITS | FA_MOD_VECTORS;
-    if (C::ALL && (p.what & padding) == padding && p.mask[2] == 0 && __shfl_sync(0xffffffff, found, 0))
+    const int padding = FA_MOD_BITS | FA_MOD_VECTORS, what = C::OPTIONS == FA_ALL ? p.what : C::OPTIONS;
+    if ((what & padding) == padding && p.mask[2] == 0 && __shfl_sync(0xffffffff, found, 0))
         fa_mod_narrow<C::BN>(p, t);
     return __shfl_sync(0xffffffff, found, 0);
 }
