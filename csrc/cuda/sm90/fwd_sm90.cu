@@ -143,7 +143,7 @@ static void fill_softcap(fa_fwd_sm90_mod_params *p, const fa_args *a)
     p->cap = (float)(a->softcap * log2e);
     for (int i = 0; i < 4; i++, power *= square)
         p->cap_terms[i] = (float)(terms[i] * power);
-    p->cap_limit = isfinite(p->cap_terms[3]) ? (float)(0.25 / square) : -1;
+    p->cap_limit = isfinite(p->cap_terms[0]) && isfinite(p->cap_terms[3]) ? (float)(0.25 / square) : -1;
 }
 
 static void fill_mod(fa_fwd_sm90_mod_params *p, const fa_args *a, const fa_sm90_instance *f, int processors)
