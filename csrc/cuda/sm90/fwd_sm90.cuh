@@ -24,8 +24,8 @@
 
 /* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
  * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
- * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. OPTIONS:
- * fwd_sm90_params.h. */
+ * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers.
+ * OPTIONS: fwd_sm90_params.h. */
 template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_, int OPTIONS_>
 struct fa_fwd_sm90_config {
     static constexpr bool BESIDE = BESIDE_, MOD = OPTIONS_ != FA_PLAIN;
@@ -717,8 +717,8 @@ __device__ __forceinline__ const fa_fwd_sm90_params &fa_plain_of(const fa_fwd_sm
     return p.plain;
 }
 
-/* Persistent: at most one block for each multiprocessor. Warpgroup 0 loads, the last fetches if there is FETCH, the others
- * compute. */
+/* Persistent: at most one block for each multiprocessor. Warpgroup 0 loads, with FETCH the last fetches masks, the
+ * others compute. */
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1)
     fa_fwd_sm90_kernel(const __grid_constant__ typename fa_fwd_sm90_types<C>::params p)

@@ -1,6 +1,6 @@
-/* The warpgroup that fetches masks, in the instances for just a mask: ahead of the warps that compute, which so are spared
- * the addresses and the waiting. Each warp works for the warps of its number in all warpgroups that compute, and each
- * thread for the threads of its number. */
+/* The warpgroup that fetches masks, in the instances for just a mask: ahead of the warps that compute, which so are
+ * spared the addresses and the waiting. Each warp works for the warps of its number in all warpgroups that compute, and
+ * each thread for the threads of its number. */
 #ifndef FA_FWD_SM90_FETCH_CUH
 #define FA_FWD_SM90_FETCH_CUH
 
@@ -107,8 +107,8 @@ template <class C, class Shared> __device__ __forceinline__ void fa_fetch_finish
         fa_mbar_arrive(&s.fetched_full[stage]);
 }
 
-/* While the copies for one block are on their way, those for the block before are finished; with but two places they are
- * finished first, since the next is free only when the block before that is done with. */
+/* While the copies for one block are on their way, those for the block before are finished; with but two places they
+ * are finished first, since the next is free only when the block before that is done with. */
 template <class C, class Shared>
 __device__ __forceinline__ void fa_fetch(const fa_fwd_sm90_mod_params &p, Shared &s)
 {

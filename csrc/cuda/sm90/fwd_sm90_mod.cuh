@@ -1,4 +1,4 @@
-/* What the instances with all options do to a block of scores, in the accumulator layout of wgmma: softcap, float mask,
+/* What the instances with options do to a block of scores, in the accumulator layout of wgmma: softcap, float mask,
  * ALiBi, bool mask, and which weights dropout keeps; in this order (docs of the operator: csrc/fa.h).
  *
  * What comes from memory or costs time and does not depend on the scores is fetched while their product runs. */
@@ -315,7 +315,8 @@ template <int BN> __device__ __forceinline__ bool fa_alibi_is_straight(const fa_
     return __all_sync(0xffffffff, ahead >= BN || ahead <= -16);
 }
 
-/* Does ALiBi raise scores from the block of the next keys to this one by so much that the maximum so far will not do? */
+/* Does ALiBi raise scores from the block of the next keys to this one by so much that the maximum so far will not do?
+ * Most likely, where a block's worth of slope is 4 powers of 2. */
 template <int BN> __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
 {
     int ahead = row + t.offset - key; /* of the first query of 64 over the first key */
@@ -457,8 +458,8 @@ __device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p,
 }
 
 template <typename T, int BN>
-__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row, int key,
-                                              const fa_mod_block &m, float (&s)[BN / 2])
+__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row,
+                                              int key, const fa_mod_block &m, float (&s)[BN / 2])
 {
     if (what & FA_MOD_SCALED)
         fa_scale_scores<T, BN>(p, what, t, fa_mod_place_of(row, key), m, s);
@@ -466,7 +467,7 @@ __device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, i
         fa_hide_unseen<BN>(s, m);
 }
 
-/* ---- scores that are made together with their weights -------------------------------------------------------------- */
+/* ---- scores that are made together with their weights ------------------------------------------------------------ */
 
 /* Can the block's be? They can where fa_mod_scores would take its common way. */
 template <int BN, int OPTIONS>
