@@ -240,10 +240,11 @@ def test_packed_rows_on_hopper_are_right(arch, D, dtype):
 
 @on_hopper
 def test_options_have_kernels_of_their_own_on_hopper():
-    shape = (2, 4, 2, 300, 300, 128, 128)
-    for options in (dict(softcap=2.0), dict(dropout_p=0.1), dict(mask_dtype="bool"), dict(has_alibi=True)):
-        plan = _C.plan("forward", "bfloat16", *shape, threads=1, device=0, **options)
-        assert plan["kernel"] == "fa_fwd_sm90_bf16_hd128_mod"
+    for name, keys, options in (("cap", 300, dict(softcap=2.0)), ("dropout", 300, dict(dropout_p=0.1)),
+                                ("alibi", 300, dict(has_alibi=True)), ("bits", 320, dict(mask_dtype="bool")),
+                                ("mod", 300, dict(mask_dtype="bool")), ("mod", 300, dict(softcap=2.0, dropout_p=0.1))):
+        plan = _C.plan("forward", "bfloat16", 2, 4, 2, 300, keys, 128, 128, threads=1, device=0, **options)
+        assert plan["kernel"] == f"fa_fwd_sm90_bf16_hd128_{name}"
 
 
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)

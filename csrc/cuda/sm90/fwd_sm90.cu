@@ -79,10 +79,28 @@ extern "C" bool fa_fwd_sm90_can(const fa_args *a)
            readable(&a->out);
 }
 
-/* Does the call do something to its scores or weights? */
-static bool needs_all(const fa_args *a)
+/* Rows of the mask by pieces of 16 bytes: all begin at one, and end with one. */
+static bool has_whole_pieces(const fa_tensor *m)
 {
-    return a->mask.data || a->alibi.data || a->softcap > 0 || a->dropout_p > 0 || a->scale <= 0;
+    int64_t size = (int64_t)fa_dtype_size(m->dtype);
+    bool ok = m->stride[3] == 1 && m->size[3] * size % 16 == 0 && (uintptr_t)m->data % 16 == 0;
+    for (int i = 0; i < 3; i++)
+        ok = ok && (m->size[i] == 1 || m->stride[i] * size % 16 == 0);
+    return ok;
+}
+
+/* What the call does to its scores and weights: FA_MOD_*. */
+static int what_of(const fa_args *a)
+{
+    const fa_tensor *m = &a->mask;
+    int what = !m->data ? 0 : m->dtype == FA_BOOL ? FA_MOD_BITS : FA_MOD_BIAS;
+    what |= what & FA_MOD_BIAS && m->dtype == FA_F32 ? FA_MOD_WIDE : 0;
+    what |= what && m->dtype != FA_F32 && m->size[3] == a->k.size[2] && has_whole_pieces(m) ? FA_MOD_VECTORS : 0;
+    what |= a->softcap > 0 ? FA_MOD_CAP : 0;
+    what |= a->alibi.data ? FA_MOD_ALIBI : 0;
+    what |= a->dropout_p > 0 ? FA_MOD_DROPOUT : 0;
+    bool scaled = what & (FA_MOD_CAP | FA_MOD_ALIBI | FA_MOD_BIAS) || a->scale <= 0;
+    return what | (scaled ? FA_MOD_SCALED : 0);
 }
 
 static bool has_lengths(const fa_args *a)
@@ -128,27 +146,11 @@ static void fill_sizes(fa_fwd_sm90_params *p, const fa_args *a, const fa_sm90_in
     p->units = (int32_t)(p->parts == 2 ? pairs : heads * p->tiles);
 }
 
-/* Rows of the mask by pieces of 16 bytes: all begin at one, and end with one. */
-static bool has_whole_pieces(const fa_tensor *m)
+static void fill_mask(fa_fwd_sm90_mod_params *p, const fa_tensor *m)
 {
-    int64_t size = (int64_t)fa_dtype_size(m->dtype);
-    bool ok = m->stride[3] == 1 && m->size[3] * size % 16 == 0 && (uintptr_t)m->data % 16 == 0;
-    for (int i = 0; i < 3; i++)
-        ok = ok && (m->size[i] == 1 || m->stride[i] * size % 16 == 0);
-    return ok;
-}
-
-static void fill_mask(fa_fwd_sm90_mod_params *p, const fa_tensor *m, int64_t keys)
-{
-    if (!m->data)
-        return;
-    p->what |= m->dtype == FA_BOOL ? FA_MOD_BITS : FA_MOD_BIAS;
-    p->what |= m->dtype == FA_F32 ? FA_MOD_WIDE : 0;
-    if (m->dtype != FA_F32 && m->size[3] == keys && has_whole_pieces(m))
-        p->what |= FA_MOD_VECTORS;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; m->data && i < 4; i++)
         p->mask[i] = m->size[i] > 1 ? m->stride[i] : 0;
-    p->heads_outside = m->size[0] == 1 && m->size[1] > 1;
+    p->heads_outside = m->data && m->size[0] == 1 && m->size[1] > 1;
 }
 
 static void fill_dropout(fa_fwd_sm90_mod_params *p, const fa_args *a)
@@ -156,7 +158,6 @@ static void fill_dropout(fa_fwd_sm90_mod_params *p, const fa_args *a)
     p->keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
     if (a->dropout_p <= 0)
         return;
-    p->what |= FA_MOD_DROPOUT;
     p->threshold = fa_dropout_threshold(a->dropout_p < 1 ? a->dropout_p : 0);
     for (uint32_t i = 0; i < FA_PHILOX_ROUNDS; i++) {
         p->keys[i][0] = (uint32_t)a->dropout_seed + i * FA_PHILOX_W0;
@@ -164,23 +165,33 @@ static void fill_dropout(fa_fwd_sm90_mod_params *p, const fa_args *a)
     }
 }
 
+/* tanh x = x P(x^2) to 6e-7 for |x| <= 1/2. */
+static void fill_softcap(fa_fwd_sm90_mod_params *p, const fa_args *a)
+{
+    const double terms[] = {0.9999994557894095, -0.3332631797198141, 0.13190296720255157, -0.04440222503710389};
+    const double log2e = 1.4426950408889634;
+    p->scale = (float)(a->softcap > 0 ? a->scale / a->softcap : a->scale * log2e);
+    if (a->softcap <= 0)
+        return;
+    double square = (a->scale / a->softcap) * (a->scale / a->softcap), power = a->scale * log2e;
+    p->cap = (float)(a->softcap * log2e);
+    for (int i = 0; i < 4; i++, power *= square)
+        p->cap_terms[i] = (float)(terms[i] * power);
+    p->cap_limit = isfinite(p->cap_terms[0]) && isfinite(p->cap_terms[3]) ? (float)(0.25 / square) : -1;
+}
+
 static void fill_mod(fa_fwd_sm90_mod_params *p, const fa_args *a, const fa_sm90_instance *f, int processors)
 {
-    const double log2e = 1.4426950408889634;
     fa_args b = *a;
     b.bottom_right = false; /* the kernel adds each sequence's own offset */
     fill_sizes(&p->plain, &b, f, has_lengths(a) ? 0 : processors);
     p->a = *a;
-    fill_mask(p, &a->mask, p->plain.SK);
+    p->what = what_of(a);
+    fill_mask(p, &a->mask);
     fill_dropout(p, a);
-    p->cap = (float)(a->softcap * log2e);
-    p->scale = (float)(a->softcap > 0 ? a->scale / a->softcap : a->scale * log2e);
-    p->what |= a->softcap > 0 ? FA_MOD_CAP : 0;
-    p->what |= a->alibi.data ? FA_MOD_ALIBI : 0;
-    if (p->what & (FA_MOD_CAP | FA_MOD_ALIBI | FA_MOD_BIAS) || a->scale <= 0) {
-        p->what |= FA_MOD_SCALED;
+    fill_softcap(p, a);
+    if (p->what & FA_MOD_SCALED)
         p->plain.scale_log2 = 1;
-    }
     p->plain.hides |= p->what & FA_MOD_BITS;
     if (a->cu_q.data) {
         p->plain.tiles = (int32_t)(a->q.size[2] / f->BM + a->cu_q.size[0]); /* fa_tile_slots */
@@ -257,30 +268,30 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_instance_at(int i)
     return i < (int)(sizeof all / sizeof all[0]) ? all[i] : NULL;
 }
 
-/* The narrowest head dimensions that hold the call's, then the tile: 192 queries waste much of short causal heads, and
- * blocks of 176 keys pay only over many of them. */
+/* The narrowest head dimensions that hold the call's, of the instances with these options; NULL: there is none. */
+static const fa_sm90_instance *narrowest(const fa_args *a, int options)
+{
+    const fa_sm90_instance *f = fa_fwd_sm90_instance_at(0);
+    for (int i = 1; f; f = fa_fwd_sm90_instance_at(i++))
+        if (f->dtype == a->q.dtype && f->options == options && f->D >= a->q.size[3] && f->DV >= a->v.size[3])
+            break;
+    return f;
+}
+
+/* An instance for just these options, or the one for all. Of those without, by the tile: 192 queries waste much of
+ * short causal heads, and blocks of 176 keys pay only over many of them. */
 extern "C" const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a)
 {
 #define FA_PICK(name) (a->q.dtype == FA_BF16 ? &fa_fwd_sm90_bf16_##name : &fa_fwd_sm90_f16_##name)
-    int64_t D = a->q.size[3], DV = a->v.size[3];
     if (a->q.dtype == FA_F32)
-        return D <= 64 && DV <= 64 ? &fa_fwd_sm90_f32_hd64 : &fa_fwd_sm90_f32_hd128;
+        return a->q.size[3] <= 64 && a->v.size[3] <= 64 ? &fa_fwd_sm90_f32_hd64 : &fa_fwd_sm90_f32_hd128;
+    const fa_sm90_instance *f = narrowest(a, fa_fwd_sm90_is_plain(a) ? FA_PLAIN : what_of(a));
     bool band = a->window_left >= 0 || a->window_right >= 0;
-    if (!fa_fwd_sm90_is_plain(a) && !needs_all(a))
-        return D <= 64 && DV <= 64     ? FA_PICK(hd64_len)
-               : D <= 128 && DV <= 128 ? FA_PICK(hd128_len)
-               : D <= 192 && DV <= 128 ? FA_PICK(hd192_dv128_len)
-                                       : FA_PICK(hd256_len);
-    if (needs_all(a))
-        return D <= 64 && DV <= 64     ? FA_PICK(hd64_mod)
-               : D <= 128 && DV <= 128 ? FA_PICK(hd128_mod)
-               : D <= 192 && DV <= 128 ? FA_PICK(hd192_dv128_mod)
-                                       : FA_PICK(hd256_mod);
-    if (D <= 64 && DV <= 64)
-        return band && a->q.size[2] <= 2048 ? FA_PICK(hd64_bm128) : FA_PICK(hd64);
-    if (D <= 128 && DV <= 128)
-        return !band && a->k.size[2] >= 8192 ? FA_PICK(hd128_bn176) : FA_PICK(hd128);
-    return D <= 192 && DV <= 128 ? FA_PICK(hd192_dv128) : FA_PICK(hd256);
+    if (f == FA_PICK(hd64) && band && a->q.size[2] <= 2048)
+        return FA_PICK(hd64_bm128);
+    if (f == FA_PICK(hd128) && !band && a->k.size[2] >= 8192)
+        return FA_PICK(hd128_bn176);
+    return f ? f : narrowest(a, FA_ALL);
 #undef FA_PICK
 }
 

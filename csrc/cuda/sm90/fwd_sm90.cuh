@@ -16,6 +16,7 @@
 #include "../ptx/wgmma.cuh"
 #include "../tile/softmax.cuh"
 #include "../tile/store_rows.cuh"
+#include "fwd_sm90_fetch.cuh"
 #include "fwd_sm90_mod.cuh"
 #include "fwd_sm90_params.h"
 #include "fwd_sm90_repair.cuh"
@@ -23,18 +24,31 @@
 
 /* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
  * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
- * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers. OPTIONS:
- * FA_PLAIN, nothing but causal and windows; FA_LENGTHS, also lengths, packed rows and sinks; FA_ALL. */
+ * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers.
+ * OPTIONS: fwd_sm90_params.h. */
 template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_, int OPTIONS_>
 struct fa_fwd_sm90_config {
-    static constexpr bool BESIDE = BESIDE_, MOD = OPTIONS_ != FA_PLAIN, ALL = OPTIONS_ == FA_ALL;
+    static constexpr bool BESIDE = BESIDE_, MOD = OPTIONS_ != FA_PLAIN;
+    static constexpr int OPTIONS = OPTIONS_;
     using T = T_;
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
-    static constexpr int THREADS = FA_WARPGROUP * (WGS + 1);
-    static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32;
-    static constexpr int CONSUMER_REGISTERS = WGS == 2 ? 240 : 160;
+    /* One more warpgroup fetches the mask, into so many places: fwd_sm90_fetch.cuh. */
+    static constexpr bool FETCH = OPTIONS == FA_BITS || OPTIONS == FA_BIAS;
+    static constexpr int FETCHED = !FETCH ? 1 : OPTIONS == FA_BIAS && D > 64 ? 2 : 3;
+    static constexpr int MASK_BYTES = OPTIONS == FA_BIAS ? 2 : OPTIONS == FA_BITS ? 1 : 0; /* of an element */
+    using fetched = fa_fetched<4 * WGS, FETCH ? 16 * BN * MASK_BYTES : 16, OPTIONS == FA_BITS ? FA_WARP : 1>;
+    static constexpr int MASK = OPTIONS == FA_ALL ? BM * BN * 2 : 16; /* without that warpgroup */
+    static constexpr int THREADS = FA_WARPGROUP * (WGS + 1 + FETCH);
+    static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32, FETCH_REGISTERS = 40;
+    static constexpr int CONSUMER_REGISTERS = WGS == 3 ? 160 : FETCH ? 224 : 240;
 };
+
+/* FA_MOD_* of the call. */
+template <class C> __device__ __forceinline__ int fa_what(const fa_fwd_sm90_mod_params &p)
+{
+    return C::OPTIONS == FA_ALL ? p.what : C::OPTIONS;
+}
 
 /* What only the instances with MOD have. */
 template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
@@ -42,7 +56,7 @@ template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
     using params = fa_fwd_sm90_params;
 };
 template <class C> struct fa_fwd_sm90_types<C, true> {
-    using shared = fa_mod_shared<C::STAGES, C::ALL ? C::BM * C::BN * 2 : 16>;
+    using shared = fa_mod_shared<C::STAGES, C::MASK, C::FETCHED, typename C::fetched>;
     using params = fa_fwd_sm90_mod_params;
 };
 
@@ -86,19 +100,6 @@ template <class C> __device__ __forceinline__ fa_query_tile fa_tile_at(const fa_
 }
 
 /* ---- producer: one thread starts every copy ---------------------------------------------------------------------- */
-
-/* Block `i` of the copies of this kernel goes to stage i % STAGES, in its round i / STAGES. */
-template <class C> struct fa_stage {
-    int index = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next(void)
-    {
-        if (++index == C::STAGES) {
-            index = 0;
-            parity ^= 1;
-        }
-    }
-};
 
 /* Rows first .. first + ROWS - 1 of one head, COLUMNS wide, in panels of 64 columns. */
 template <int ROWS, int COLUMNS, typename T>
@@ -147,7 +148,7 @@ __device__ __forceinline__ void fa_load_queries(const fa_fwd_sm90_params &p, fa_
 
 template <class C, class Tile>
 __device__ __forceinline__ void fa_load_keys(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
-                                             int block, fa_stage<C> &ks)
+                                             int block, fa_stage<C::STAGES> &ks)
 {
     fa_mbar_wait(&s.k_empty[ks.index], ks.parity ^ 1);
     fa_mbar_expect(&s.k_full[ks.index], sizeof(s.k[0]));
@@ -171,7 +172,7 @@ __device__ __forceinline__ uint64_t *fa_values_bar(fa_fwd_sm90_shared<C> &s, con
 
 template <class C, class Tile>
 __device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
-                                               int block, fa_stage<C> &vs)
+                                               int block, fa_stage<C::STAGES> &vs)
 {
     uint64_t *bar = fa_values_bar<C>(s, t, block, vs.index);
     fa_mbar_wait(&s.v_empty[vs.index], vs.parity ^ 1);
@@ -185,7 +186,7 @@ __device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_f
  * a tile comes last among the copies for its first block, since its place is free last. */
 template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
 {
-    fa_stage<C> ks, vs;
+    fa_stage<C::STAGES> ks, vs;
     uint32_t q_parity = 0;
     fa_query_tile before = {};
     int block_before = -1; /* there is none */
@@ -210,7 +211,7 @@ template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_
 template <class C>
 __device__ __forceinline__ void fa_produce_ring(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
 {
-    fa_stage<C> ks, vs;
+    fa_stage<C::STAGES> ks, vs;
     fa_ring ring;
     uint32_t q_parity = 0;
     int slot_before = -1, block_before = 0; /* there is none */
@@ -260,11 +261,13 @@ __device__ __forceinline__ void fa_issue_pv(float (&o)[C::DV / 2], const uint32_
 
 template <class C> struct fa_consumer {
     int warpgroup;
-    fa_stage<C> ks, vs;
+    fa_stage<C::STAGES> ks, vs;
     uint32_t q_parity = 0;
     uint32_t q_desc, k_desc, v_desc; /* of stage 0 */
     bool spoilt = false;             /* this thread held a result that is not finite */
     int mask = 0;                    /* which of the two places holds the mask of the block at hand */
+    fa_stage<C::FETCHED> fs;         /* where what is fetched for it lies */
+    int full_lo, full_hi;            /* in blocks that begin at these keys or between, all queries see all */
 };
 
 /* One of every warp says that its warp is done. */
@@ -299,8 +302,8 @@ template <class C> __device__ __forceinline__ void fa_turn_pass(const fa_consume
 /* Hides keys in one block of scores, if any is hidden from any of these 64 queries. */
 template <class C>
 __device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &,
-                                              const fa_query_tile &, float (&s)[C::BN / 2], int row, int key,
-                                              const fa_mod_block &)
+                                              fa_consumer<C> &, const fa_query_tile &, float (&s)[C::BN / 2], int row,
+                                              int key, bool, fa_mod_block &)
 {
     bool all = key >= row + 63 + p.lo_shift && key + C::BN <= min(p.SK, row + p.hi_shift);
     if (!all)
@@ -316,22 +319,29 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_params &, fa_fw
 
 /* Weights of the block's scores. */
 template <class C>
-__device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_params &p, const float (&s)[C::BN / 2],
-                                               uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &)
+__device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &, fa_consumer<C> &,
+                                               const fa_query_tile &, const float (&s)[C::BN / 2],
+                                               uint32_t (&w)[C::BN / 4], fa_rows &r, int, int, const fa_mod_block &)
 {
-    fa_softmax_block<typename C::T, C::BN>(s, w, r, p.scale_log2);
+    fa_softmax_block<typename C::T, C::BN>(fa_scores_at_hand<C::BN>{s, p.scale_log2}, w, r);
 }
 
-/* The same three with all options. Rows that are no queries see nothing, so that nothing depends on what they hold. */
+/* The same three with options. Rows that are no queries see nothing, so that nothing depends on what they hold. */
 template <class C>
-__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
-                                              const fa_mod_tile &t, float (&s)[C::BN / 2], int row, int key,
-                                              const fa_mod_block &m)
+__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &,
+                                              fa_consumer<C> &c, const fa_mod_tile &t, float (&s)[C::BN / 2], int row,
+                                              int key, bool fresh, fa_mod_block &m)
 {
-    if (C::ALL)
-        fa_mod_scores<typename C::T, C::BN>(p, t, row, key, m, s);
-    bool all = key >= row + 63 + t.lo_shift && key + C::BN <= min(t.k_len, row + t.hi_shift) && row + 64 <= t.q_len;
-    if (!__all_sync(0xffffffff, all))
+    if (fresh) {
+        c.full_lo = row + 63 + t.lo_shift;
+        c.full_hi = row + 64 <= t.q_len ? min(t.k_len, row + t.hi_shift) - C::BN : -1;
+    }
+    bool full = __all_sync(0xffffffff, key >= c.full_lo && key <= c.full_hi);
+    m.late = full && fa_can_be_late<C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s);
+    if (m.late)
+        return;
+    fa_mod_scores<typename C::T, C::BN>(p, fa_what<C>(p), t, row, key, m, s);
+    if (!full)
         fa_hide_keys<C::BN, true>(s, row, key, t.k_len, t.lo_shift, t.hi_shift, t.q_len);
 }
 
@@ -340,21 +350,62 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
                                                fa_consumer<C> &c, const fa_mod_tile &t, int row, int key, bool fresh,
                                                bool last, fa_mod_block &m)
 {
-    if constexpr (!C::ALL)
-        return;
-    int own = (threadIdx.x / FA_WARP - 4) * (16 * C::BN * 2); /* this warp's part */
-    m.mask = sh.mask[c.mask] + own;
-    fa_mod_fetch<C::BN>(p, t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
-    c.mask ^= 1;
+    int warp = threadIdx.x / FA_WARP - 4;
+    m.climbs = fa_what<C>(p) & FA_MOD_ALIBI && fa_alibi_climbs<C::BN>(t, row, key);
+    if constexpr (C::OPTIONS == FA_ALL) {
+        int own = warp * (16 * C::BN * 2); /* this warp's part */
+        m.mask = sh.mask[c.mask] + own;
+        fa_mod_fetch<C::BN>(p, p.what, t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
+        c.mask ^= 1;
+    }
+    if constexpr (C::FETCH) {
+        fa_mbar_wait(&sh.fetched_full[c.fs.index], c.fs.parity);
+        const typename C::fetched &f = sh.fetched[c.fs.index];
+        if (C::OPTIONS == FA_BIAS) {
+            m.mask = (char *)f.copied[warp];
+            m.tame = __any_sync(0xffffffff, f.tame[warp]);
+        } else {
+            uint2 words = f.words[warp][threadIdx.x % FA_WARP];
+            m.seen[0] = words.x;
+            m.seen[1] = words.y;
+        }
+    }
 }
 
 template <class C>
-__device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, const float (&s)[C::BN / 2],
-                                               uint32_t (&w)[C::BN / 4], fa_rows &r, const fa_mod_block &m)
+__device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
+                                               fa_consumer<C> &c, const fa_mod_tile &t, float (&s)[C::BN / 2],
+                                               uint32_t (&w)[C::BN / 4], fa_rows &r, int row, int key,
+                                               const fa_mod_block &m)
 {
-    fa_softmax_block<typename C::T, C::BN>(s, w, r, p.plain.scale_log2);
-    if (C::ALL && p.what & FA_MOD_DROPOUT)
+    r.blind = r.blind || m.climbs;
+    if (m.late)
+        fa_softmax_block<typename C::T, C::BN>(
+            fa_late_scores_of<typename C::T, C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s), w, r);
+    else
+        fa_softmax_block<typename C::T, C::BN>(fa_scores_at_hand<C::BN>{s, p.plain.scale_log2}, w, r);
+    if (fa_what<C>(p) & FA_MOD_DROPOUT)
         fa_drop<C::BN>(w, m);
+    if constexpr (C::FETCH) {
+        __syncwarp();
+        fa_release(&sh.fetched_empty[c.fs.index]);
+        c.fs.next();
+    }
+}
+
+/* What this warp does itself of what a block needs, before it has its turn. */
+template <class C>
+__device__ __forceinline__ void fa_prepare_block(const fa_fwd_sm90_params &, const fa_query_tile &, int, int,
+                                                 fa_mod_block &)
+{
+}
+
+template <class C>
+__device__ __forceinline__ void fa_prepare_block(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row,
+                                                 int key, fa_mod_block &m)
+{
+    if constexpr (C::OPTIONS == FA_DROPOUT)
+        fa_fetch_kept<C::BN>(p, t, fa_mod_place_of(row, key), m);
 }
 
 template <class C> __device__ __forceinline__ uint32_t fa_k_at(const fa_consumer<C> &c)
@@ -367,7 +418,7 @@ template <class C> __device__ __forceinline__ uint32_t fa_v_at(const fa_consumer
     return c.v_desc + c.vs.index * (C::BN * C::DV * 2 / 16);
 }
 
-/* The first block of all: there is no product with V to overlap with. */
+/* The first block of all where there are no options: code of its own is faster than branches in that of all others. */
 template <class C, class P, class Tile>
 __device__ __forceinline__ void fa_first_block(const P &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, const Tile &t,
                                                int block, bool last, float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4],
@@ -375,6 +426,7 @@ __device__ __forceinline__ void fa_first_block(const P &p, fa_fwd_sm90_shared<C>
 {
     int row = t.row + 64 * c.warpgroup, key = block * C::BN;
     fa_mod_block m;
+    fa_prepare_block<C>(p, t, row, key, m);
     fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     fa_wgmma_hold(s);
@@ -385,9 +437,9 @@ __device__ __forceinline__ void fa_first_block(const P &p, fa_fwd_sm90_shared<C>
     fa_wgmma_wait<0>();
     fa_wgmma_hold(s);
     fa_release_keys(sh, c, last);
-    fa_mask_block<C>(p, sh, t, s, row, key, m);
+    fa_mask_block<C>(p, sh, c, t, s, row, key, true, m);
     fa_rows_start(r);
-    fa_weigh_block<C>(p, s, w, r, m);
+    fa_weigh_block<C>(p, sh, c, t, s, w, r, row, key, m);
 }
 
 /* Rows of a tile that is done; O is zero for the next. */
@@ -436,15 +488,17 @@ __device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_mod_params &p, f
  *   S j   = Q K_j^T       wait for K j and for its turn; issue S j and O; pass the turn; fetch its mask
  *   O    += P_j+1 V_j+1   wait for S j; mask, maximum, exp2, row sums of S j
  *   (other warpgroup)     wait for O; round P_j; scale O where a maximum grew, or store O of the tile that is done
- */
+ *
+ * start: of all blocks the first, before which there is none. */
 template <class C, class P, class Tile, class Done>
 __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, const Tile &t,
-                                              int block, bool fresh, bool last, const Done &done,
+                                              int block, bool start, bool fresh, bool last, const Done &done,
                                               float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2],
                                               fa_rows &r)
 {
     int row = t.row + 64 * c.warpgroup, key = block * C::BN;
     fa_mod_block m;
+    fa_prepare_block<C>(p, t, row, key, m);
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     if (fresh)
         fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
@@ -455,38 +509,43 @@ __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> 
     fa_wgmma_fence();
     fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
     fa_wgmma_commit();
-    fa_mbar_wait(&sh.v_full[c.vs.index], c.vs.parity);
-    fa_wgmma_fence();
-    fa_issue_pv<C, 0, C::BN / 16 - C::EARLY>(o, w, fa_v_at(c));
+    if (!start) {
+        fa_mbar_wait(&sh.v_full[c.vs.index], c.vs.parity);
+        fa_wgmma_fence();
+        fa_issue_pv<C, 0, C::BN / 16 - C::EARLY>(o, w, fa_v_at(c));
+    }
     fa_turn_pass(c);
-    fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
+    if (!start)
+        fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
     fa_wgmma_commit();
     fa_fetch_block<C>(p, sh, c, t, row, key, fresh, last, m);
     fa_wgmma_wait<1>();
     fa_wgmma_hold(s);
     fa_release_keys(sh, c, last);
-    fa_mask_block<C>(p, sh, t, s, row, key, m);
+    fa_mask_block<C>(p, sh, c, t, s, row, key, fresh, m);
     fa_rows old = r;
     if (fresh)
         fa_rows_start(r);
     uint32_t w_next[C::BN / 4];
     if (C::BESIDE) {
-        fa_weigh_block<C>(p, s, w_next, r, m);
+        fa_weigh_block<C>(p, sh, c, t, s, w_next, r, row, key, m);
         fa_wgmma_hold(w_next);
     }
     fa_wgmma_wait<0>();
     fa_wgmma_hold(o);
     fa_wgmma_hold(w);
-    fa_release(&sh.v_empty[c.vs.index]);
-    c.vs.next();
+    if (!start) {
+        fa_release(&sh.v_empty[c.vs.index]);
+        c.vs.next();
+    }
     if (!C::BESIDE)
-        fa_weigh_block<C>(p, s, w_next, r, m);
+        fa_weigh_block<C>(p, sh, c, t, s, w_next, r, row, key, m);
 #pragma unroll
     for (int i = 0; i < C::BN / 4; i++)
         w[i] = w_next[i];
-    if (fresh)
+    if (fresh && !start)
         fa_store_tile<C>(p, sh, c, done, o, old);
-    else
+    else if (!start)
         fa_rescale_rows<C::DV>(o, r);
 }
 
@@ -551,7 +610,7 @@ __device__ __forceinline__ void fa_consume(const fa_fwd_sm90_params &p, fa_fwd_s
                 if (first)
                     fa_first_block<C>(p, sh, c, t, block, last, s, w, r);
                 else
-                    fa_next_block<C>(p, sh, c, t, block, block == t.block_hi - 1, last, done, s, w, o, r);
+                    fa_next_block<C>(p, sh, c, t, block, false, block == t.block_hi - 1, last, done, s, w, o, r);
                 first = false;
             }
             done = t;
@@ -586,10 +645,7 @@ __device__ __forceinline__ void fa_consume_ring(const fa_fwd_sm90_mod_params &p,
         int block = t.block_hi - 1;
         for (bool fresh = true, last = false; !last; fresh = false, block--) {
             last = __any_sync(0xffffffff, block == t.block_lo);
-            if (done < 0)
-                fa_first_block<C>(p, sh, c, t, block, last, s, w, r);
-            else
-                fa_next_block<C>(p, sh, c, t, block, fresh, last, done, s, w, o, r);
+            fa_next_block<C>(p, sh, c, t, block, done < 0, fresh, last, done, s, w, o, r);
             done = ring.index;
         }
     }
@@ -621,7 +677,11 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_
     if constexpr (C::MOD) {
         for (int i = 0; i < FA_TILES; i++) {
             fa_mbar_init(&s.tile_full[i], 1);
-            fa_mbar_init(&s.tile_empty[i], consumers + 2); /* and the two warps that load and that clear */
+            fa_mbar_init(&s.tile_empty[i], consumers + 2 + 4 * C::FETCH); /* and the warps that load, clear, fetch */
+        }
+        for (int i = 0; i < C::FETCHED; i++) {
+            fa_mbar_init(&s.fetched_full[i], 4);
+            fa_mbar_init(&s.fetched_empty[i], consumers);
         }
         for (int i = 0; i < C::STAGES; i++)
             fa_mbar_init(&s.v_raw[i], 1);
@@ -657,7 +717,8 @@ __device__ __forceinline__ const fa_fwd_sm90_params &fa_plain_of(const fa_fwd_sm
     return p.plain;
 }
 
-/* Persistent: at most one block for each multiprocessor. Warpgroup 0 loads, the others compute. */
+/* Persistent: at most one block for each multiprocessor. Warpgroup 0 loads, with FETCH the last fetches masks, the
+ * others compute. */
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1)
     fa_fwd_sm90_kernel(const __grid_constant__ typename fa_fwd_sm90_types<C>::params p)
@@ -675,6 +736,11 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     if (warpgroup == 0) {
         fa_registers_shrink<C::PRODUCER_REGISTERS>();
         fa_supply<C>(p, s);
+    } else if (warpgroup == C::WGS + 1) {
+        if constexpr (C::FETCH) {
+            fa_registers_shrink<C::FETCH_REGISTERS>();
+            fa_fetch<C>(p, s);
+        }
     } else {
         fa_registers_grow<C::CONSUMER_REGISTERS>();
         if constexpr (C::MOD)

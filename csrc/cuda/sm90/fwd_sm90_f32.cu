@@ -14,6 +14,7 @@ template <class C> constexpr fa_sm90_instance fa_f32_instance(const char *name)
         .DV = C::DV,
         .BM = C::BM,
         .BN = C::BN,
+        .stages = C::STAGES,
         .threads = C::THREADS,
         .shared_bytes = (int)sizeof(fa_f32_shared<C>),
         .kernel = (const void *)fa_fwd_sm90_f32_kernel<C>,

@@ -36,5 +36,6 @@ const fa_sm90_instance FA_NAME = {
     .threads = config::THREADS,
     .shared_bytes = (int)sizeof(fa_fwd_sm90_shared<config>),
     .kernel = (const void *)fa_fwd_sm90_kernel<config>,
+    .options = config::OPTIONS,
 };
 }

@@ -15,6 +15,16 @@
     X(hd128_len, 128, 128, 2, 128, 2, 0, true, FA_LENGTHS)                                                             \
     X(hd192_dv128_len, 192, 128, 2, 128, 2, 0, true, FA_LENGTHS)                                                       \
     X(hd256_len, 256, 256, 2, 64, 2, 0, true, FA_LENGTHS)                                                              \
+    X(hd64_bits, 64, 64, 2, 128, 3, 1, true, FA_BITS)                                                                  \
+    X(hd128_bits, 128, 128, 2, 128, 2, 0, true, FA_BITS)                                                               \
+    X(hd64_bias, 64, 64, 2, 128, 3, 1, true, FA_BIAS)                                                                  \
+    X(hd128_bias, 128, 128, 2, 128, 2, 0, true, FA_BIAS)                                                               \
+    X(hd64_cap, 64, 64, 2, 128, 3, 1, true, FA_CAP)                                                                    \
+    X(hd128_cap, 128, 128, 2, 128, 2, 0, true, FA_CAP)                                                                 \
+    X(hd64_alibi, 64, 64, 2, 128, 3, 1, true, FA_ALIBI)                                                                \
+    X(hd128_alibi, 128, 128, 2, 128, 2, 0, true, FA_ALIBI)                                                             \
+    X(hd64_dropout, 64, 64, 2, 128, 3, 1, true, FA_DROPOUT)                                                            \
+    X(hd128_dropout, 128, 128, 2, 128, 2, 0, true, FA_DROPOUT)                                                         \
     X(hd64_mod, 64, 64, 2, 128, 3, 1, true, FA_ALL)                                                                    \
     X(hd128_mod, 128, 128, 2, 128, 2, 0, true, FA_ALL)                                                                 \
     X(hd192_dv128_mod, 192, 128, 2, 64, 3, 0, true, FA_ALL)                                                            \

@@ -1,4 +1,4 @@
-/* What the instances with all options do to a block of scores, in the accumulator layout of wgmma: softcap, float mask,
+/* What the instances with options do to a block of scores, in the accumulator layout of wgmma: softcap, float mask,
  * ALiBi, bool mask, and which weights dropout keeps; in this order (docs of the operator: csrc/fa.h).
  *
  * What comes from memory or costs time and does not depend on the scores is fetched while their product runs. */
@@ -20,6 +20,9 @@ struct fa_mod_block {
     uint32_t seen[2]; /* bool mask: bit fa_seen_bit(c, x) of seen[i] */
     uint32_t kept[2]; /* dropout: bit 8 (2 i + x) + 7 - c / 2 of kept[c % 2] */
     char *mask;       /* the warp's part of the mask, in shared memory */
+    bool climbs;      /* the block's maximum is to be looked for at once */
+    bool tame;        /* a float mask that hides nothing, and nothing in it is large */
+    bool late;        /* scores are made together with their weights: fa_late_scores */
 };
 
 /* Where this thread's elements lie in a block. */
@@ -187,17 +190,23 @@ __device__ __forceinline__ float fa_mend_biased(float s, float bias)
     return bias == -CUDART_INF_F ? bias : s;
 }
 
+/* Pair j of the elements of this thread. */
+template <int BN> __device__ __forceinline__ uint32_t fa_load_bias(const char *bias, int j)
+{
+    /* of pair 0; that of group c is where these bits are turned by c: fa_bias_place */
+    uint32_t at = fa_shared_address(bias) + fa_bias_place<BN>(threadIdx.x % FA_WARP / 4, 0) + threadIdx.x % 4 * 4;
+    return fa_load_shared((at ^ j / 2 * 16) + j % 2 * (8 * BN * 2));
+}
+
 /* s = s * scale + mask. Values that may be the least float or -inf are looked for in pairs first: they are rare, or all
  * in one place. */
 template <typename T, int BN>
 __device__ __forceinline__ void fa_add_bias(float (&s)[BN / 2], const char *bias, float scale)
 {
-    /* of pair (0, 0); pair (i, c) is where these bits are turned by c: fa_bias_place */
-    uint32_t at = fa_shared_address(bias) + fa_bias_place<BN>(threadIdx.x % FA_WARP / 4, 0) + threadIdx.x % 4 * 4;
     uint32_t least = fa_pack<T>(0.f, 0.f);
 #pragma unroll
     for (int j = 0; j < BN / 4; j++) {
-        uint32_t w = fa_load_shared((at ^ j / 2 * 16) + j % 2 * (8 * BN * 2));
+        uint32_t w = fa_load_bias<BN>(bias, j);
         float2 b = fa_widen_pair<T>(w);
         least = fa_min_pair<T>(least, w);
         s[2 * j] = fmaf(s[2 * j], scale, b.x * FA_LOG2E);
@@ -208,7 +217,7 @@ __device__ __forceinline__ void fa_add_bias(float (&s)[BN / 2], const char *bias
         return;
 #pragma unroll
     for (int j = 0; j < BN / 4; j++) {
-        uint32_t w = fa_load_shared((at ^ j / 2 * 16) + j % 2 * (8 * BN * 2));
+        uint32_t w = fa_load_bias<BN>(bias, j);
         float2 b = fa_widen_pair<T>(w);
         s[2 * j] = fa_mend_biased(s[2 * j], b.x);
         s[2 * j + 1] = fa_mend_biased(s[2 * j + 1], b.y);
@@ -249,26 +258,36 @@ __device__ __forceinline__ float fa_tanh(float x)
     return fmaf(-2.f, fa_reciprocal(1.f + fa_exp2(2 * FA_LOG2E * x)), 1.f);
 }
 
-/* s = cap tanh(s scale). Where all are below 1/2, as with most caps, tanh x = x P(x^2) to 1e-7: the special functions
- * are left to the softmax. */
-template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], float scale, float cap)
+/* Softcap of a small score s is s times this, to 6e-7: the special functions are left to the softmax. */
+__device__ __forceinline__ float fa_cap_factor(const fa_fwd_sm90_mod_params &p, float s)
 {
-    float top = 0.f;
+    float z = s * s;
+    return fmaf(fmaf(fmaf(p.cap_terms[3], z, p.cap_terms[2]), z, p.cap_terms[1]), z, p.cap_terms[0]);
+}
+
+/* Are all of the warp's small? As with most caps they are. Squares' bits are in the order of squares, and NaN is above
+ * all. */
+template <int R> __device__ __forceinline__ bool fa_cap_is_far(const fa_fwd_sm90_mod_params &p, const float (&s)[R])
+{
+    int top = 0;
 #pragma unroll
-    for (int e = 0; e < R; e++)
-        top = fmaxf(top, fabsf(s[e]));
-    if (__any_sync(0xffffffff, top * fabsf(scale) > 0.5f)) {
+    for (int e = 0; e < R; e += 2)
+        top = __vimax3_s32(top, __float_as_int(s[e] * s[e]), __float_as_int(s[e + 1] * s[e + 1]));
+    return __all_sync(0xffffffff, __int_as_float(top) <= p.cap_limit);
+}
+
+/* s = cap tanh(s scale) */
+template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], const fa_fwd_sm90_mod_params &p)
+{
+    if (!fa_cap_is_far(p, s)) {
 #pragma unroll
         for (int e = 0; e < R; e++)
-            s[e] = cap * fa_tanh(s[e] * scale);
+            s[e] = p.cap * fa_tanh(s[e] * p.scale);
         return;
     }
 #pragma unroll
-    for (int e = 0; e < R; e++) {
-        float x = s[e] * scale, z = x * x;
-        float y = fmaf(fmaf(fmaf(0.01724149f, z, -0.053045494f), z, 0.13325879f), z, -0.33333144f);
-        s[e] = x * cap * fmaf(y, z, 1.f);
-    }
+    for (int e = 0; e < R; e++)
+        s[e] *= fa_cap_factor(p, s[e]);
 }
 
 /* s = s scale - slope |i + offset - j| */
@@ -289,6 +308,21 @@ __device__ __forceinline__ void fa_add_alibi(float (&s)[BN / 2], const fa_mod_ti
     }
 }
 
+/* Do all keys of the block lie on one side of all the warp's queries? */
+template <int BN> __device__ __forceinline__ bool fa_alibi_is_straight(const fa_mod_tile &t, fa_mod_place at)
+{
+    int ahead = at.row + t.offset - at.column;
+    return __all_sync(0xffffffff, ahead >= BN || ahead <= -16);
+}
+
+/* Does ALiBi raise scores from the block of the next keys to this one by so much that the maximum so far will not do?
+ * Most likely, where a block's worth of slope is 4 powers of 2. */
+template <int BN> __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
+{
+    int ahead = row + t.offset - key; /* of the first query of 64 over the first key */
+    return __any_sync(0xffffffff, t.slope * BN > 4.f ? ahead < BN : t.slope * BN < -4.f && ahead > -64);
+}
+
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
 
 /* fa_philox with the keys of its rounds at hand */
@@ -305,6 +339,14 @@ __device__ __forceinline__ fa_philox4 fa_philox_of(const fa_fwd_sm90_mod_params 
         c3 = (uint32_t)p0;
     }
     return {{c0, c1, c2, c3}};
+}
+
+/* Two instructions; the compiler takes three. */
+__device__ __forceinline__ void fa_set_if_kept(uint32_t &bits, uint32_t word, uint32_t threshold, uint32_t bit)
+{
+    asm("{\n\t.reg .pred p;\n\tsetp.hs.u32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}"
+        : "+r"(bits)
+        : "r"(word), "r"(threshold), "r"(bit));
 }
 
 /* Four keys of a query share one evaluation, and two lanes of a quad share these four keys: each of the two does every
@@ -326,8 +368,8 @@ __device__ __forceinline__ void fa_fetch_kept(const fa_fwd_sm90_mod_params &p, c
             fa_philox4 r = fa_philox_of(p, four + 4 * a, (uint32_t)(at.row + 8 * i), bh);
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                low |= r.word[x] >= p.threshold ? 1u << 8 * (2 * i + x) : 0;
-                high |= r.word[2 + x] >= p.threshold ? 1u << 8 * (2 * i + x) : 0;
+                fa_set_if_kept(low, r.word[x], p.threshold, 1u << 8 * (2 * i + x));
+                fa_set_if_kept(high, r.word[2 + x], p.threshold, 1u << 8 * (2 * i + x));
             }
         }
     }
@@ -349,14 +391,14 @@ template <int BN> __device__ __forceinline__ void fa_drop(uint32_t (&w)[BN / 4],
     }
 }
 
-/* ---- a block, and the end of a tile ------------------------------------------------------------------------------ */
+/* ---- a block ----------------------------------------------------------------------------------------------------- */
 
 template <int BN>
-__device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
-                                             char *to)
+__device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row,
+                                             int key, char *to)
 {
     fa_mod_place at = fa_mod_place_of(row, key);
-    if (p.what & FA_MOD_BITS)
+    if (what & FA_MOD_BITS)
         fa_copy_seen<BN>(p, t, at, to);
     else
         fa_copy_bias<BN>(p, t, at, to);
@@ -364,51 +406,51 @@ __device__ __forceinline__ void fa_copy_mask(const fa_fwd_sm90_mod_params &p, co
 
 /* The mask of the next block of the tile is on its way to `next` while this one's is used: it comes from far. */
 template <int BN>
-__device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
-                                             bool fresh, bool last, fa_mod_block &m, char *next)
+__device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row,
+                                             int key, bool fresh, bool last, fa_mod_block &m, char *next)
 {
     fa_mod_place at = fa_mod_place_of(row, key);
-    if (p.what & FA_MOD_VECTORS) {
+    if (what & FA_MOD_VECTORS) {
         __syncwarp(); /* the mask that was at `next` is used up */
         if (fresh)
-            fa_copy_mask<BN>(p, t, row, key, m.mask);
+            fa_copy_mask<BN>(p, what, t, row, key, m.mask);
         ptx_cp_async_commit();
         if (!last)
-            fa_copy_mask<BN>(p, t, row, key - BN, next);
+            fa_copy_mask<BN>(p, what, t, row, key - BN, next);
         ptx_cp_async_commit();
         ptx_cp_async_wait<1>();
         __syncwarp();
-        if (p.what & FA_MOD_BITS)
+        if (what & FA_MOD_BITS)
             fa_take_seen<BN>(m);
-    } else if (p.what & FA_MOD_BITS) {
+    } else if (what & FA_MOD_BITS) {
         fa_fetch_seen_singly<BN>(p, t, at, m);
-    } else if ((p.what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
+    } else if ((what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
         fa_fetch_bias_singly<BN>(p, t, at, m.mask);
     }
-    if (p.what & FA_MOD_DROPOUT)
+    if (what & FA_MOD_DROPOUT)
         fa_fetch_kept<BN>(p, t, at, m);
 }
 
 /* Scores in units of log2: scale, softcap, float mask, ALiBi. */
 template <typename T, int BN>
-__device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
-                                                const fa_mod_block &m, float (&s)[BN / 2])
+__device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t,
+                                                fa_mod_place at, const fa_mod_block &m, float (&s)[BN / 2])
 {
     float scale = p.scale; /* that is still to be applied */
-    if (p.what & FA_MOD_CAP) {
-        fa_softcap(s, p.scale, p.cap);
+    if (what & FA_MOD_CAP) {
+        fa_softcap(s, p);
         scale = 1.f;
     }
-    if (p.what & FA_MOD_BIAS) {
-        if (p.what & FA_MOD_WIDE)
+    if (what & FA_MOD_BIAS) {
+        if (what & FA_MOD_WIDE)
             fa_add_wide_bias<BN>(s, p, t, at, scale);
         else
             fa_add_bias<T, BN>(s, m.mask, scale);
         scale = 1.f;
     }
-    if (p.what & FA_MOD_ALIBI) {
+    if (what & FA_MOD_ALIBI) {
         fa_add_alibi<BN>(s, t, at, scale);
-    } else if (!(p.what & (FA_MOD_CAP | FA_MOD_BIAS))) {
+    } else if (!(what & (FA_MOD_CAP | FA_MOD_BIAS))) {
 #pragma unroll
         for (int e = 0; e < BN / 2; e++)
             s[e] *= scale;
@@ -416,14 +458,78 @@ __device__ __forceinline__ void fa_scale_scores(const fa_fwd_sm90_mod_params &p,
 }
 
 template <typename T, int BN>
-__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row, int key,
-                                              const fa_mod_block &m, float (&s)[BN / 2])
+__device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, int what, const fa_mod_tile &t, int row,
+                                              int key, const fa_mod_block &m, float (&s)[BN / 2])
 {
-    if (p.what & FA_MOD_SCALED)
-        fa_scale_scores<T, BN>(p, t, fa_mod_place_of(row, key), m, s);
-    if (p.what & FA_MOD_BITS)
+    if (what & FA_MOD_SCALED)
+        fa_scale_scores<T, BN>(p, what, t, fa_mod_place_of(row, key), m, s);
+    if (what & FA_MOD_BITS)
         fa_hide_unseen<BN>(s, m);
 }
+
+/* ---- scores that are made together with their weights ------------------------------------------------------------ */
+
+/* Can the block's be? They can where fa_mod_scores would take its common way. */
+template <int BN, int OPTIONS>
+__device__ __forceinline__ bool fa_can_be_late(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                               const fa_mod_block &m, const float (&s)[BN / 2])
+{
+    return OPTIONS == FA_BITS || (OPTIONS == FA_BIAS && m.tame) || (OPTIONS == FA_CAP && fa_cap_is_far(p, s)) ||
+           (OPTIONS == FA_ALIBI && fa_alibi_is_straight<BN>(t, at));
+}
+
+/* The same values as from fa_mod_scores, for one option; the arithmetic hides behind the softmax's special function. */
+template <typename T, int BN, int OPTIONS> struct fa_late_scores {
+    float (&s)[BN / 2]; /* products */
+    const fa_fwd_sm90_mod_params &p;
+    const fa_mod_block &m;
+    float c;
+    float slope, alibi[2]; /* ALiBi of row i and column 8 c + x of the block: alibi[i] + (8 c + x) slope */
+
+    __device__ __forceinline__ void renew(void) const
+    {
+        if (OPTIONS == FA_CAP)
+            fa_wgmma_hold(s);
+    }
+    __device__ __forceinline__ float2 values(int j, float scale, float base) const
+    {
+        float x = s[2 * j], y = s[2 * j + 1];
+        if (OPTIONS == FA_BITS) {
+            uint32_t seen = m.seen[j % 2] >> fa_seen_bit(j / 2, 0);
+            return make_float2(seen & 1 ? fmaf(x, scale, base) : -CUDART_INF_F,
+                               seen & 2 ? fmaf(y, scale, base) : -CUDART_INF_F);
+        }
+        if (OPTIONS == FA_CAP)
+            return make_float2(fmaf(x, fa_cap_factor(p, x), base), fmaf(y, fa_cap_factor(p, y), base));
+        if (OPTIONS == FA_ALIBI) {
+            float first = alibi[j % 2] + base, column = 8 * (j / 2);
+            return make_float2(fmaf(x, p.scale, fmaf(column, slope, first)),
+                               fmaf(y, p.scale, fmaf(column + 1, slope, first)));
+        }
+        float2 b = fa_widen_pair<T>(fa_load_bias<BN>(m.mask, j));
+        return make_float2(fmaf(x, p.scale, fmaf(b.x, FA_LOG2E, base)), fmaf(y, p.scale, fmaf(b.y, FA_LOG2E, base)));
+    }
+    __device__ __forceinline__ float2 pair(int j) const
+    {
+        return values(j, 1.f, 0.f);
+    }
+    __device__ __forceinline__ float2 powers(int j, float base) const
+    {
+        return values(j, c, base);
+    }
+};
+
+template <typename T, int BN, int OPTIONS>
+__device__ __forceinline__ fa_late_scores<T, BN, OPTIONS>
+fa_late_scores_of(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at, const fa_mod_block &m,
+                  float (&s)[BN / 2])
+{
+    int ahead = at.row + t.offset - at.column;
+    float slope = OPTIONS == FA_ALIBI ? (ahead > 0 ? t.slope : -t.slope) : 0.f;
+    return {s, p, m, p.plain.scale_log2, slope, {-slope * (float)ahead, -slope * (float)(ahead + 8)}};
+}
+
+/* ---- the end of a tile ------------------------------------------------------------------------------------------- */
 
 /* As fa_finish_rows; a sink is one more key whose value is 0. Rows from q_len on are no queries. */
 __device__ __forceinline__ fa_rows_out fa_mod_finish(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t,

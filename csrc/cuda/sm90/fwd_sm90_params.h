@@ -28,9 +28,6 @@ typedef struct fa_fwd_sm90_params {
     int32_t units;                   /* pieces of work of all heads */
 } fa_fwd_sm90_params;
 
-/* What an instance can do: nothing but causal and windows; also lengths, packed rows and sinks; all options. */
-enum { FA_PLAIN, FA_LENGTHS, FA_ALL };
-
 /* What a call does to its scores and weights besides causal and windows. */
 enum {
     FA_MOD_BITS = 1,     /* bool mask */
@@ -39,11 +36,24 @@ enum {
     FA_MOD_CAP = 8,
     FA_MOD_ALIBI = 16,
     FA_MOD_DROPOUT = 32,
-    FA_MOD_WIDE = 128,   /* the mask is of float32 */
     FA_MOD_SCALED = 64,  /* scores come to units of log2 before the softmax; scale_log2 is then 1 */
+    FA_MOD_WIDE = 128,   /* the mask is of float32 */
 };
 
-/* Of the instances that take everything. */
+/* What an instance is for: nothing but causal and windows; also lengths, packed rows and sinks; all options; or, with
+ * lengths and so on, calls of which FA_MOD_* say just this. */
+enum {
+    FA_ALL = -2,
+    FA_PLAIN = -1,
+    FA_LENGTHS = 0,
+    FA_BITS = FA_MOD_BITS | FA_MOD_VECTORS,
+    FA_BIAS = FA_MOD_BIAS | FA_MOD_VECTORS | FA_MOD_SCALED,
+    FA_CAP = FA_MOD_CAP | FA_MOD_SCALED,
+    FA_ALIBI = FA_MOD_ALIBI | FA_MOD_SCALED,
+    FA_DROPOUT = FA_MOD_DROPOUT,
+};
+
+/* Of the instances with lengths and options. */
 typedef struct fa_fwd_sm90_mod_params {
     fa_fwd_sm90_params plain;
     fa_args a;             /* for lengths, packed rows and what is read once for a tile */
@@ -51,6 +61,8 @@ typedef struct fa_fwd_sm90_mod_params {
     int32_t heads_outside; /* heads are the outer loop over tiles, batches the inner: they share a mask */
     float scale;           /* of Q K^T: by softcap if there is one, else into units of log2 */
     float cap;             /* softcap in units of log2 */
+    float cap_terms[4];    /* of a small s, it is s times a polynomial in s^2 of these coefficients; */
+    float cap_limit;       /* small: s^2 is at most this */
     float keep;            /* what dropout multiplies kept weights by */
     uint32_t threshold;    /* random words below it drop */
     uint32_t keys[10][2];  /* of the rounds of Philox */

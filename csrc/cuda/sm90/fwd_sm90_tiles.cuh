@@ -25,24 +25,28 @@ struct fa_mod_tile {
 enum { FA_TILES = 4 }; /* in the ring */
 #define FA_NO_UNIT 0xffffffffu
 
-template <int STAGES, int MASK> struct fa_mod_shared {
+template <int STAGES, int MASK, int FETCHED, class Fetched> struct fa_mod_shared {
     alignas(1024) char mask[2][MASK]; /* of the block at hand and of the next: fwd_sm90_mod.cuh */
+    Fetched fetched[FETCHED];         /* of blocks to come: fwd_sm90_fetch.cuh */
     fa_mod_tile tiles[FA_TILES];
     uint64_t tile_full[FA_TILES], tile_empty[FA_TILES];
+    uint64_t fetched_full[FETCHED], fetched_empty[FETCHED];
     uint64_t v_raw[STAGES]; /* V has landed, and rows behind the sequence are still to be cleared */
 };
 
-struct fa_ring {
+/* Item i of a queue of N places goes to place i % N, in its round i / N. */
+template <int N> struct fa_stage {
     int index = 0;
     uint32_t parity = 0;
     __device__ __forceinline__ void next(void)
     {
-        if (++index == FA_TILES) {
+        if (++index == N) {
             index = 0;
             parity ^= 1;
         }
     }
 };
+using fa_ring = fa_stage<FA_TILES>;
 
 /* ---- which tile -------------------------------------------------------------------------------------------------- */
 
@@ -155,8 +159,8 @@ __device__ __forceinline__ bool fa_mod_tile_at(const fa_fwd_sm90_mod_params &p, 
             fa_mod_tile_fill<C::BM, C::BN>(p, t);
     }
     __syncwarp();
-    const int padding = FA_MOD_BITS | FA_MOD_VECTORS;
-    if (C::ALL && (p.what & padding) == padding && p.mask[2] == 0 && __shfl_sync(0xffffffff, found, 0))
+    const int padding = FA_MOD_BITS | FA_MOD_VECTORS, what = C::OPTIONS == FA_ALL ? p.what : C::OPTIONS;
+    if ((what & padding) == padding && p.mask[2] == 0 && __shfl_sync(0xffffffff, found, 0))
         fa_mod_narrow<C::BN>(p, t);
     return __shfl_sync(0xffffffff, found, 0);
 }

@@ -22,6 +22,7 @@ typedef struct fa_sm90_instance {
     int threads;
     int shared_bytes;
     const void *kernel;
+    int options; /* of forward: fwd_sm90_params.h */
 } fa_sm90_instance;
 
 /* Nothing but causal and a window. */

@@ -70,17 +70,38 @@ __device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int ke
     }
 }
 
+/* Where the softmax finds its scores, which are in units of 1 / c of log2: in registers. */
+template <int BN> struct fa_scores_at_hand {
+    const float (&s)[BN / 2];
+    float c;
+    /* Keeps the compiler from holding what it makes of scores for later. */
+    __device__ __forceinline__ void renew(void) const
+    {
+    }
+    /* Scores 2 j and 2 j + 1, and both times c plus base. */
+    __device__ __forceinline__ float2 pair(int j) const
+    {
+        return make_float2(s[2 * j], s[2 * j + 1]);
+    }
+    __device__ __forceinline__ float2 powers(int j, float base) const
+    {
+        return make_float2(fmaf(s[2 * j], c, base), fmaf(s[2 * j + 1], c, base));
+    }
+};
+
 /* m of both rows follows the block's maximum; the sums so far are multiplied by factor. */
-template <int BN> __device__ __forceinline__ void fa_raise_maximum(const float (&s)[BN / 2], fa_rows &r, float c)
+template <int BN, class Scores> __device__ __forceinline__ void fa_raise_maximum(const Scores &s, fa_rows &r)
 {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float top = s[2 * i];
+        float top = s.pair(i).x;
 #pragma unroll
-        for (int j = 0; j < BN / 8; j++)
-            top = fmaxf(fmaxf(top, s[4 * j + 2 * i]), s[4 * j + 2 * i + 1]);
+        for (int j = 0; j < BN / 8; j++) {
+            float2 x = s.pair(2 * j + i);
+            top = fmaxf(fmaxf(top, x.x), x.y);
+        }
         top = fmaxf(r.m[i], fa_quad_max(top));
-        r.factor[i] = top == r.m[i] ? 1.f : fa_exp2((r.m[i] - top) * c);
+        r.factor[i] = top == r.m[i] ? 1.f : fa_exp2((r.m[i] - top) * s.c);
         r.l[i] *= r.factor[i];
         r.m[i] = top;
     }
@@ -89,8 +110,8 @@ template <int BN> __device__ __forceinline__ void fa_raise_maximum(const float (
 
 /* w becomes the weights of the block's keys, rounded to T, as the A operand of the product with V; r is brought up to
  * date. */
-template <typename T, int BN>
-__device__ __forceinline__ void fa_softmax_block(const float (&s)[BN / 2], uint32_t (&w)[BN / 4], fa_rows &r, float c)
+template <typename T, int BN, class Scores>
+__device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[BN / 4], fa_rows &r)
 {
     float sum[2];
     r.grown = false;
@@ -98,17 +119,20 @@ __device__ __forceinline__ void fa_softmax_block(const float (&s)[BN / 2], uint3
     do {
         float base[2];
         if (raise) {
-            fa_raise_maximum<BN>(s, r, c);
+            s.renew();
+            fa_raise_maximum<BN>(s, r);
             r.grown = true;
         }
+        s.renew();
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            base[i] = r.m[i] == -CUDART_INF_F ? 0.f : -r.m[i] * c;
+            base[i] = r.m[i] == -CUDART_INF_F ? 0.f : -r.m[i] * s.c;
             sum[i] = 0.f;
         }
 #pragma unroll
         for (int j = 0; j < BN / 4; j++) {
-            float x = fa_exp2(fmaf(s[2 * j], c, base[j % 2])), y = fa_exp2(fmaf(s[2 * j + 1], c, base[j % 2]));
+            float2 e = s.powers(j, base[j % 2]);
+            float x = fa_exp2(e.x), y = fa_exp2(e.y);
             sum[j % 2] += x;
             sum[j % 2] += y;
             w[j] = fa_pack<T>(x, y);
