@@ -162,7 +162,7 @@ typedef struct fa_plan {
     size_t shared_bytes;     /* partial results of split keys; fp32 dQ of backward */
     size_t workspace;        /* bytes to hand to fa_run_*: shared_bytes + threads * thread_bytes, plus alignment */
     double flops;            /* multiply-adds count 2; masked-out blocks do not count */
-    double bytes;            /* each input read once and each output written once */
+    double bytes;            /* each input read once, each output written once; on a GPU the workspace both */
     const char *why;         /* why this kernel */
     const char *why_splits;
     const void *family;      /* of a GPU's kernels, which runs the plan */

@@ -18,6 +18,7 @@ __all__ = ["scaled_dot_product_attention", "set_deterministic"]
 
 # The bare builtin below the OpOverload: it dispatches the same, and a tiny call is a tenth faster.
 _forward_plain = ops.forward_plain._op
+_NO_OPTIONS = (None,) * 6
 # Beyond any sequence: a side of sys.maxsize, say, is as good as unbounded, and the core adds positions to it in int64.
 _FAR = 2**62
 
@@ -78,11 +79,14 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if (attn_mask is None and window is None and sinks is None and alibi_slopes is None and q_seqlens is None
             and kv_seqlens is None and not dropout_p and not softcap and not return_lse
             and not is_dynamo_compiling() and type(query) is type(key) is type(value) is Tensor
-            and not (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
             and not _is_any_autocast_enabled() and not _transforms_active() and forward_ad._current_level < 0):
         try:
             if enable_gqa or query.shape[1] == key.shape[1]:
-                return _forward_plain(query, key, value, scale, is_causal, allows_tf32(query))
+                tf32 = allows_tf32(query)
+                if _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+                    return attention(query, key, value, *_NO_OPTIONS, scale, 0.0, -1, 0 if is_causal else -1, False,
+                                     0.0, tf32)[0]
+                return _forward_plain(query, key, value, scale, is_causal, tf32)
         except (RuntimeError, IndexError):
             pass
 
@@ -151,7 +155,7 @@ def normalise(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
 
 def allows_tf32(query):
     """May float32 be rounded to TF32 in products? On a GPU, torch.set_float32_matmul_precision says so."""
-    return query.is_cuda and query.dtype is torch.float32 and _gpu_rounds_to_tf32()
+    return query.dtype is torch.float32 and query.is_cuda and _gpu_rounds_to_tf32()
 
 
 def _gpu_rounds_to_tf32():

@@ -1,7 +1,9 @@
 """What only a GPU has: families of kernels, streams, graphs, lengths that nobody checks, devices. Values are tested by
 the other files, whose tests run on every device."""
 
+import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -128,6 +130,22 @@ def test_hopper_s_backward_is_the_default():
         assert "_sm90_" in plan["kernel"], options
     assert "_sm80_" in _C.plan("backward", "bfloat16", 2, 4, 2, 300, 300, 60, 60, threads=1, device=0)["kernel"]
     assert "_sm80_" in _C.plan("backward", "float32", 2, 4, 2, 300, 300, 64, 64, threads=1, device=0)["kernel"]
+
+
+@pytest.mark.parametrize("allowed", (False, True))
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_float32_is_rounded_to_tf32_where_torch_allows_it(allowed, is_causal, request):
+    """10 bits of mantissa against 23: the errors of both differ by more than a factor of 100."""
+    request.addfinalizer(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    given = [torch.randn(2, 3, 300, 64, requires_grad=True) for _ in range(3)]
+    out = SDPA(*given, is_causal=is_causal)
+    grads = torch.autograd.grad(out.square().sum(), given)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    want = SDPA(*exact, is_causal=is_causal)
+    for got, ref in zip((out, *grads), (want, *torch.autograd.grad(want.square().sum(), exact))):
+        error = ((got - ref).abs().max() / ref.abs().max()).item()
+        assert (1e-5 < error < 3e-3) if allowed else error < 2e-6, error
 
 
 @on_hopper
@@ -394,14 +412,110 @@ def test_tensors_on_several_devices_are_refused():
         SDPA(query, key, value, kv_seqlens=torch.tensor([3], device="cpu"))
 
 
+def trained(dtype, D, **options):
+    """A call and its gradients, of tensors that are the same on every device."""
+    def run(device):
+        draw = torch.Generator("cpu").manual_seed(5)
+        given = [torch.randn(2, 4, 190, D, generator=draw, device="cpu").to(device, dtype).requires_grad_() for _ in range(3)]
+        on = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        out = SDPA(*given, **on)
+        return out.detach(), *torch.autograd.grad(out.float().square().sum(), given)
+    return run
+
+
+def decoded(device):
+    draw = torch.Generator("cpu").manual_seed(6)
+    query, k, v, new_k, new_v = (torch.randn(*shape, generator=draw, device="cpu").to(device, torch.bfloat16) for shape in (
+        (3, 1, 4, 64), (3, 700, 2, 64), (3, 700, 2, 64), (3, 1, 2, 64), (3, 1, 2, 64)))
+    lengths = torch.tensor([600, 1, 650], device=device)
+    return fa.decode_attention(query, k, v, lengths, k_new=new_k, v_new=new_v), k, v
+
+
+def packed(device):
+    draw = torch.Generator("cpu").manual_seed(7)
+    given = [torch.randn(150, 2, 64, generator=draw, device="cpu").to(device, torch.bfloat16).requires_grad_()
+             for _ in range(3)]
+    cu = torch.tensor([0, 40, 150], dtype=torch.int32, device=device)
+    out = fa.varlen_attn(*given, cu, cu, 110, 110)
+    return out.detach(), *torch.autograd.grad(out.float().square().sum(), given)
+
+
+def merged(device):
+    draw = torch.Generator("cpu").manual_seed(8)
+    halves = [torch.randn(2, 30, 4, *d, generator=draw, device="cpu").to(device) for d in ((64,), (), (64,), ())]
+    return fa.merge_attention(*halves)
+
+
+ON_DEVICES = {
+    "plain": trained(torch.bfloat16, 64, is_causal=True),
+    "mask": trained(torch.bfloat16, 128, attn_mask=torch.rand(190, 190, device="cpu") > 0.3),
+    "lengths": trained(torch.float16, 256, kv_seqlens=torch.tensor([30, 190], device="cpu")),
+    "float32": trained(torch.float32, 64, softcap=3.0),
+    "float64": trained(torch.float64, 16),
+    "decode": decoded, "packed": packed, "merge": merged,
+}
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current_one():
-    query, key, value = torch.randn(3, 1, 2, 90, 64)
-    other = [x.to("cuda:1").requires_grad_() for x in (query, key, value)]
-    out = SDPA(*other, is_causal=True)
-    (grad,) = torch.autograd.grad(out.square().sum(), other[1])
-    assert out.device == grad.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-    torch.testing.assert_close(out.to("cuda:0"), SDPA(query, key, value, is_causal=True), rtol=0, atol=0)
+@pytest.mark.parametrize("call", ON_DEVICES.values(), ids=ON_DEVICES)
+def test_another_device_than_the_current_one(call):
+    """First there, where nothing has been prepared yet; then here; then at once from two threads."""
+    there = call("cuda:1")
+    assert all(x.device == torch.device("cuda:1") for x in there) and torch.cuda.current_device() == 0
+    here = call("cuda:0")
+    with ThreadPoolExecutor(2) as threads:
+        again = [*threads.map(call, ("cuda:1", "cuda:0") * 4)]
+    for found in (here, *again):
+        assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(there, found))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def attention_of_rows(rows, query, key, value, grad, bias=None, see=None):
+    """out, the gradient of query and dS of these rows of one head, without scale, in float64."""
+    q, g, k, v = query[rows].double(), grad[rows].double(), key.double(), value.double()
+    scores = q @ k.T / math.sqrt(query.shape[-1])
+    if bias is not None:
+        scores = scores + bias[rows].double()
+    if see is not None:
+        scores = scores.masked_fill(~see(rows), -math.inf)
+    weights = scores.softmax(-1)
+    out = weights @ v
+    dscores = weights * (g @ v.T - (g * out).sum(-1, keepdim=True))
+    return out, dscores @ k / math.sqrt(query.shape[-1]), dscores
+
+
+def off(got, want):
+    """The largest error as a part of the largest value."""
+    return ((got.double() - want).abs().max() / want.abs().max()).item()
+
+
+def test_training_on_131072_tokens_takes_the_memory_of_its_tensors():
+    """Beside tensors of rows: the log-sum-exp; in backward fp32 dQ, two numbers a row; 2 MiB that the allocator may round."""
+    S, D = 131072, 64
+    query, key, value, grad = (torch.randn(1, 1, S, D, dtype=torch.bfloat16) for _ in range(4))
+    given = [x.requires_grad_() for x in (query, key, value)]
+    SDPA(query[:, :, :300], key[:, :, :300], value[:, :, :300], is_causal=True).sum().backward()
+    rows, rounding = 2 * S * D, 2 << 20
+
+    def extra(call):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    out, forward = extra(lambda: SDPA(*given, is_causal=True))
+    assert forward < rows + 4 * S + rounding, f"forward took {forward} bytes"
+    (dq, _, _), backward = extra(lambda: torch.autograd.grad(out, given, grad))
+    assert backward < 3 * rows + 4 * S * D + 8 * S + rounding, f"backward took {backward} bytes"
+    some = torch.tensor([0, 1, 63, 64, 4097, S // 2, S - 2, S - 1])
+    want, dwant, _ = attention_of_rows(some, *(x.detach()[0, 0] for x in (query, key, value, grad)),
+                                       see=lambda rows: torch.arange(S) <= rows[:, None])
+    for row in range(len(some)):  # one by one: the first see few keys, and their values are the largest
+        assert off(out[0, 0, some[row]], want[row]) < 2e-2
+        assert row == 0 or off(dq[0, 0, some[row]], dwant[row]) < 3e-2
 
 
 @pytest.mark.big
@@ -419,3 +533,41 @@ def test_offsets_past_2_to_the_31():
     assert torch.equal(*outs) and math.isfinite(outs[0].sum().item())
     grads = [torch.autograd.grad(out.sum(), given) for out, given in zip(outs, (views, near))]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", (torch.bool, torch.bfloat16), ids=str)
+def test_masks_of_more_than_2_to_the_31_elements(dtype):
+    """The last rows of a mask, and of its gradient, lie behind 2^31 elements."""
+    S, D = 46400, 64
+    query, key, value, grad = (torch.randn(1, 1, S, D, dtype=torch.bfloat16) for _ in range(4))
+    given = [x.requires_grad_() for x in (query, key, value)]
+    if dtype == torch.bool:
+        mask = torch.empty(S, S, dtype=torch.uint8).random_(0, 2).view(torch.bool)
+    else:
+        mask = torch.empty(S, S, dtype=dtype).normal_().requires_grad_()
+        given.append(mask)
+    out = SDPA(query, key, value, mask)
+    grads = torch.autograd.grad(out, given, grad)
+    rows = torch.arange(S - 70, S)
+    see, bias = (lambda rows: mask[rows], None) if dtype == torch.bool else (None, mask.detach())
+    want, dq, dscores = attention_of_rows(rows, *(x.detach()[0, 0] for x in (query, key, value, grad)), bias, see)
+    assert off(out[0, 0, rows], want) < 2e-2 and off(grads[0][0, 0, rows], dq) < 3e-2
+    assert dtype == torch.bool or off(grads[3][rows], dscores) < 2e-2
+
+
+@pytest.mark.big
+def test_pages_past_2_to_the_31():
+    """A pool of more than 2^31 elements whose last pages are read and appended to."""
+    size, HK, D, B = 64, 2, 128, 3
+    pages = 2**31 // (size * HK * D) + 9
+    pool = [torch.empty(pages, size, HK, D, dtype=torch.bfloat16) for _ in range(2)]
+    near = [torch.randn(9, size, HK, D).bfloat16() for _ in range(2)]
+    for far, x in zip(pool, near):
+        far[-9:] = x
+    table, lengths = torch.arange(9, dtype=torch.int32).view(B, 3), torch.tensor([150, 64, 191], dtype=torch.int32)
+    query, new_k, new_v = torch.randn(B, 1, 4, D).bfloat16(), *torch.randn(2, B, 1, HK, D).bfloat16()
+    outs = [fa.decode_attention(query, *cache, lengths, block_table=table + first, k_new=new_k, v_new=new_v)
+            for cache, first in ((pool, pages - 9), (near, 0))]
+    assert torch.equal(*outs) and torch.isfinite(outs[0]).all()
+    assert all(torch.equal(far[-9:], x) for far, x in zip(pool, near))

@@ -74,6 +74,7 @@ static void plan(const fa_args *a, bool backward, fa_plan *p)
     p->family = f;
     p->workspace = p->shared_bytes;
     fa_plan_work(a, backward, p);
+    p->bytes += 2.0 * (double)p->workspace;
 }
 
 void fa_cuda_plan_forward(const fa_args *a, fa_plan *p)

@@ -2,6 +2,7 @@
 #ifndef FA_TORCH_ARGS_H
 #define FA_TORCH_ARGS_H
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -344,6 +345,19 @@ inline Tensor allocate_rows(fa_tensor *t, bool packed, const Place &place = {})
     return result;
 }
 
+// The gradient of a result, for the fast kernels of a GPU: their copies read rows that lie side by side, and that of a
+// sum is one number, expanded.
+inline Tensor in_rows(const Tensor &grad, const Place &place)
+{
+    if (place.on_cpu())
+        return grad;
+    const auto sizes = grad.sizes(), strides = grad.strides();
+    bool rows = sizes.empty() || sizes.back() <= 1 || strides.back() == 1;
+    for (size_t i = 0; i < sizes.size(); i++)
+        rows = rows && (sizes[i] <= 1 || strides[i] != 0);
+    return rows ? grad : torch::stable::contiguous(grad);
+}
+
 // What stands for a gradient that is not needed.
 inline Tensor nothing(fa_dtype dtype, const Place &place = {})
 {
@@ -358,7 +372,16 @@ inline fa_dtype lse_dtype(fa_dtype q)
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
-using Memory = std::unique_ptr<void, decltype(&std::free)>;
+// A function of torch's CUDA part. Looked up by name: the same library also serves a torch without CUDA.
+template <class Function> inline Function *in_torch_cuda(const char *name)
+{
+    void *library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD), *f = library ? dlsym(library, name) : nullptr;
+    if (!f)
+        refuse(std::string("this torch has no ") + name + ": query must be on cpu");
+    return reinterpret_cast<Function *>(f);
+}
+
+using Memory = std::unique_ptr<void, void (*)(void *)>;
 
 // Not a tensor: malloc keeps the cost of a small call low, and hands the same warm pages to the next one.
 inline Memory host_memory(size_t bytes)
@@ -369,22 +392,36 @@ inline Memory host_memory(size_t bytes)
     return memory;
 }
 
-// Memory for a planned tensor that is not returned, such as a log-sum-exp that nobody asked for; on a GPU it is
-// torch's.
-struct Scratch {
-    Memory host = {nullptr, std::free};
-    std::optional<Tensor> device;
-};
-
-inline Scratch scratch(fa_tensor *t, const Place &place = {})
+inline void release_on_gpu(void *memory)
 {
-    Scratch memory;
-    if (!place.on_cpu()) {
-        memory.device = allocate(t, 0, 4, place);
-        return memory;
-    }
-    memory.host = host_memory(static_cast<size_t>(bytes_of(*t)));
-    t->data = memory.host.get();
+    static auto *const release =
+        in_torch_cuda<AOTITorchError(void *)>("aoti_torch_cuda_caching_allocator_raw_delete");
+    STABLE_TORCH_ERROR_CODE_CHECK(release(memory));
+}
+
+// From torch's allocator, for the current stream; without a tensor around it, which costs as much again.
+inline Memory gpu_memory(size_t bytes, int32_t device)
+{
+    static auto *const allocate =
+        in_torch_cuda<AOTITorchError(uint64_t, void **)>("aoti_torch_cuda_caching_allocator_raw_alloc");
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device)
+        guard.emplace(device);
+    void *memory = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(allocate(bytes, &memory));
+    return Memory(memory, release_on_gpu);
+}
+
+inline Memory memory_at(const Place &place, size_t bytes)
+{
+    return place.on_cpu() ? host_memory(bytes) : gpu_memory(std::max<size_t>(bytes, 1), place.index);
+}
+
+// Memory for a planned tensor that is not returned, such as a log-sum-exp that nobody asked for.
+inline Memory scratch(fa_tensor *t, const Place &place)
+{
+    Memory memory = memory_at(place, static_cast<size_t>(bytes_of(*t)));
+    t->data = memory.get();
     return memory;
 }
 
@@ -461,18 +498,11 @@ inline void validate(const fa_args &a, ValidateFn *function)
 
 enum Direction { FORWARD, BACKWARD };
 
-// torch's current stream. Looked up by name: the same library also serves a torch without CUDA.
 inline void *current_stream(int32_t device)
 {
-    using Function = AOTITorchError(int32_t, void **);
-    static Function *const function = [] {
-        void *library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-        return reinterpret_cast<Function *>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-    }();
+    static auto *const find = in_torch_cuda<AOTITorchError(int32_t, void **)>("aoti_torch_get_current_cuda_stream");
     void *stream = nullptr;
-    if (!function)
-        refuse("this torch has no aoti_torch_get_current_cuda_stream: query must be on cpu");
-    STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
     return stream;
 }
 
@@ -480,13 +510,12 @@ inline void plan_and_run_on_gpu(const fa_args &a, Direction direction)
 {
     fa_plan plan;
     (direction == FORWARD ? fa_cuda_plan_forward : fa_cuda_plan_backward)(&a, &plan);
-    fa_tensor bytes = {.data = nullptr, .size = {static_cast<int64_t>(plan.workspace)}, .stride = {1}, .dtype = FA_I8};
-    std::optional<Tensor> workspace;
+    Memory workspace(nullptr, std::free);
     if (plan.workspace)
-        workspace = allocate(&bytes, 0, 1, place_of(a));
+        workspace = gpu_memory(plan.workspace, a.device);
     const fa_exec exec = {.parallel = nullptr,
                           .pool = nullptr,
-                          .workspace = bytes.data,
+                          .workspace = workspace.get(),
                           .workspace_size = plan.workspace,
                           .stream = current_stream(a.device)};
     fa_error err;

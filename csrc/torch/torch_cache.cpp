@@ -232,7 +232,7 @@ Tensor decode_plain(const Tensor &query, const Tensor &k_cache, const Tensor &v_
     put_at(place, &a);
     plan_results(&a);
     Tensor out = allocate_rows(&a.out, false, place);
-    const Scratch lse = scratch(&a.lse, place);
+    const Memory lse = scratch(&a.lse, place);
     plan_and_run(a, FORWARD);
     return out;
 }
@@ -303,7 +303,7 @@ decode_append_(const Tensor &query, const Tensor &k_cache, const Tensor &v_cache
 
     Tensor result = out ? nothing(a.q.dtype, place) : allocate_rows(&a.out, false, place);
     Tensor lse = allocate(&a.lse, 0, 3, place);
-    Scratch turned;
+    Memory turned(nullptr, std::free);
     if (turns)
         turned = scratch(&b.q_out, place);
     if (appends)

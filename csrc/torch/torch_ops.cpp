@@ -112,7 +112,7 @@ Tensor forward_plain(const Tensor &query, const Tensor &key, const Tensor &value
                          false, 0.0, allow_tf32});
     plan_results(&a);
     Tensor out = allocate(&a.out, 0, 4, place_of(a));
-    const Scratch lse = scratch(&a.lse, place_of(a));
+    const Memory lse = scratch(&a.lse, place_of(a));
     plan_and_run(a, FORWARD);
     return out;
 }
@@ -163,7 +163,8 @@ backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tensor &quer
     require_at(place, lse, "lse");
     a.out = full_view(out, "out", "4-D (B, HQ, SQ, DV)");
     a.lse = rows_view(lse, "lse");
-    a.dout = full_view(grad_out, "grad_out", "4-D (B, HQ, SQ, DV)");
+    const Tensor dout = in_rows(grad_out, place);
+    a.dout = full_view(dout, "grad_out", "4-D (B, HQ, SQ, DV)");
     a.dlse = grad_lse ? rows_view(*grad_lse, "grad_lse") : fa_tensor{};
     plan_gradients(&a, in, needs);
     validate(a, fa_validate_backward);

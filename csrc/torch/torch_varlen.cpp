@@ -170,7 +170,8 @@ varlen_backward(const Tensor &grad_out, const MaybeTensor &grad_lse, const Tenso
     require_at(place, lse, "lse");
     a.out = packed_view(out, "out", "3-D (T, HQ, DV)");
     a.lse = packed_lse_view(lse, "lse");
-    a.dout = packed_view(grad_out, "grad_out", "3-D (T, HQ, DV)");
+    const Tensor dout = in_rows(grad_out, place);
+    a.dout = packed_view(dout, "grad_out", "3-D (T, HQ, DV)");
     a.dlse = grad_lse ? packed_lse_view(*grad_lse, "grad_lse") : fa_tensor{};
     plan_gradients(&a, sinks, needs);
     validate(a, fa_validate_backward);

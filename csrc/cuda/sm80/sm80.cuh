@@ -79,24 +79,24 @@ constexpr size_t fa_bwd_bytes(fa_sm80_tile t, size_t esize)
     return (size_t)(2 * fa_tile_rows(t)) * (t.dp * esize + 16) + fa_bwd_stages(t.dp, esize) * stage + 16;
 }
 
-/* One compiled pair of head dimension and dtype (sm80_fwd_tmpl.cu, sm80_bwd_tmpl.cu): with all
- * options, or, plain, for calls that need no more than ranges of keys. */
-enum fa_sm80_pass { FA_PASS_FWD, FA_PASS_DKV, FA_PASS_DQ, FA_PASS_DMASK };
-typedef fa_status fa_sm80_launch(const char *name, fa_sm80_pass pass, const fa_sm80_params &p, int64_t blocks,
-                                 cudaStream_t stream, fa_error *err);
+/* One compiled pass for a pair of head dimension and dtype (sm80_fwd_tmpl.cu, sm80_bwd_tmpl.cu): with all options, or,
+ * plain, for calls that need no more than ranges of keys. */
+typedef fa_status fa_sm80_launch(const char *name, const fa_sm80_params &p, int64_t blocks, cudaStream_t stream,
+                                 fa_error *err);
 
-#define FA_SM80_DECLARE(op, type)                                                                                      \
-    fa_sm80_launch fa_##op##_sm80_##type##_hd64, fa_##op##_sm80_##type##_hd128, fa_##op##_sm80_##type##_hd256,         \
-        fa_##op##_sm80_##type##_hd512, fa_##op##_sm80_##type##_hd64_plain, fa_##op##_sm80_##type##_hd128_plain,        \
-        fa_##op##_sm80_##type##_hd256_plain;
-FA_SM80_DECLARE(fwd, f32)
-FA_SM80_DECLARE(fwd, tf32)
-FA_SM80_DECLARE(fwd, bf16)
-FA_SM80_DECLARE(fwd, f16)
-FA_SM80_DECLARE(bwd, f32)
-FA_SM80_DECLARE(bwd, tf32)
-FA_SM80_DECLARE(bwd, bf16)
-FA_SM80_DECLARE(bwd, f16)
+#define FA_SM80_DECLARE(pass, type)                                                                                    \
+    fa_sm80_launch fa_##pass##_sm80_##type##_hd64, fa_##pass##_sm80_##type##_hd128, fa_##pass##_sm80_##type##_hd256,   \
+        fa_##pass##_sm80_##type##_hd512, fa_##pass##_sm80_##type##_hd64_plain, fa_##pass##_sm80_##type##_hd128_plain,  \
+        fa_##pass##_sm80_##type##_hd256_plain;
+#define FA_SM80_DECLARE_TYPES(pass)                                                                                    \
+    FA_SM80_DECLARE(pass, f32)                                                                                         \
+    FA_SM80_DECLARE(pass, bf16)                                                                                        \
+    FA_SM80_DECLARE(pass, f16)                                                                                         \
+    FA_SM80_DECLARE(pass, tf32)
+FA_SM80_DECLARE_TYPES(fwd)
+FA_SM80_DECLARE_TYPES(dkv)
+FA_SM80_DECLARE_TYPES(dq)
+FA_SM80_DECLARE_TYPES(dmask)
 
 /* place of a call's head dimensions among these: 64, 128, 256, 512 */
 static inline int fa_sm80_dim(const fa_args *a)

@@ -5,8 +5,8 @@
 #define FA_CAT_(op, type, dp, variant) fa_##op##_sm80_##type##_hd##dp##variant
 #define FA_CAT(op, type, dp, variant) FA_CAT_(op, type, dp, variant)
 
-fa_status FA_CAT(fwd, FA_TYPE, FA_DP, FA_VARIANT)(const char *name, fa_sm80_pass, const fa_sm80_params &p,
-                                                  int64_t blocks, cudaStream_t stream, fa_error *err)
+fa_status FA_CAT(fwd, FA_TYPE, FA_DP, FA_VARIANT)(const char *name, const fa_sm80_params &p, int64_t blocks,
+                                                  cudaStream_t stream, fa_error *err)
 {
     using C = fa_fwd_config<FA_T, FA_DP, FA_MOD>;
     return fa_launch(name, fa_fwd_sm80_kernel<C>, blocks, (int)fa_ceil_div(p.a.v.size[3], C::DA), C::THREADS,

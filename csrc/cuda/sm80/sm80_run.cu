@@ -8,28 +8,39 @@ struct entry {
     fa_sm80_launch *launch, *plain; /* plain: NULL where there is none */
 };
 
-#define ENTRY(op, type, dp, plain) {"fa_" #op "_sm80_" #type "_hd" #dp, fa_##op##_sm80_##type##_hd##dp, plain}
-#define ENTRIES(op, type, plain256)                                                                                    \
-    {ENTRY(op, type, 64, fa_##op##_sm80_##type##_hd64_plain),                                                          \
-     ENTRY(op, type, 128, fa_##op##_sm80_##type##_hd128_plain), ENTRY(op, type, 256, plain256),                        \
-     ENTRY(op, type, 512, NULL)}
+#define ENTRY(family, pass, type, dp, plain)                                                                           \
+    {"fa_" #family "_sm80_" #type "_hd" #dp, fa_##pass##_sm80_##type##_hd##dp, plain}
+#define ENTRIES(family, pass, type, plain64, plain128, plain256)                                                       \
+    {ENTRY(family, pass, type, 64, plain64), ENTRY(family, pass, type, 128, plain128),                                 \
+     ENTRY(family, pass, type, 256, plain256), ENTRY(family, pass, type, 512, NULL)}
+#define PLAIN_TO_128(family, pass, type)                                                                               \
+    ENTRIES(family, pass, type, fa_##pass##_sm80_##type##_hd64_plain, fa_##pass##_sm80_##type##_hd128_plain, NULL)
+#define PLAIN_TO_256(family, pass, type)                                                                               \
+    ENTRIES(family, pass, type, fa_##pass##_sm80_##type##_hd64_plain, fa_##pass##_sm80_##type##_hd128_plain,           \
+            fa_##pass##_sm80_##type##_hd256_plain)
+#define NO_PLAIN(family, pass, type) ENTRIES(family, pass, type, NULL, NULL, NULL)
 
 /* by dtype, f32, bf16, f16: the first of fa_dtype; then f32 whose products are tf32 */
-static const entry FORWARD[4][4] = {ENTRIES(fwd, f32, NULL), ENTRIES(fwd, bf16, fa_fwd_sm80_bf16_hd256_plain),
-                                    ENTRIES(fwd, f16, fa_fwd_sm80_f16_hd256_plain), ENTRIES(fwd, tf32, NULL)};
-static const entry BACKWARD[4][4] = {ENTRIES(bwd, f32, NULL), ENTRIES(bwd, bf16, NULL), ENTRIES(bwd, f16, NULL),
-                                     ENTRIES(bwd, tf32, NULL)};
+typedef entry table[4][4];
+static const table FORWARD = {PLAIN_TO_128(fwd, fwd, f32), PLAIN_TO_256(fwd, fwd, bf16), PLAIN_TO_256(fwd, fwd, f16),
+                              PLAIN_TO_128(fwd, fwd, tf32)};
+static const table DKV = {PLAIN_TO_128(bwd, dkv, f32), PLAIN_TO_128(bwd, dkv, bf16), PLAIN_TO_128(bwd, dkv, f16),
+                          PLAIN_TO_128(bwd, dkv, tf32)};
+static const table DQ = {PLAIN_TO_128(bwd, dq, f32), PLAIN_TO_128(bwd, dq, bf16), PLAIN_TO_128(bwd, dq, f16),
+                         PLAIN_TO_128(bwd, dq, tf32)};
+static const table DMASK = {NO_PLAIN(bwd, dmask, f32), NO_PLAIN(bwd, dmask, bf16), NO_PLAIN(bwd, dmask, f16),
+                            NO_PLAIN(bwd, dmask, tf32)};
 
-static const entry *entry_of(const entry (&table)[4][4], const fa_args *a)
+static const entry *entry_of(const table &t, const fa_args *a)
 {
-    return &table[a->q.dtype == FA_F32 && a->allow_tf32 ? 3 : a->q.dtype][fa_sm80_dim(a)];
+    return &t[a->q.dtype == FA_F32 && a->allow_tf32 ? 3 : a->q.dtype][fa_sm80_dim(a)];
 }
 
-static fa_status start(const entry *e, fa_sm80_pass pass, const fa_sm80_params &p, int64_t blocks, cudaStream_t stream,
-                       fa_error *err)
+static fa_status start(const table &t, const fa_sm80_params &p, int64_t blocks, cudaStream_t stream, fa_error *err)
 {
+    const entry *e = entry_of(t, &p.a);
     fa_sm80_launch *launch = e->plain && !fa_sm80_is_mod(&p.a) ? e->plain : e->launch;
-    return launch(e->name, pass, p, blocks, stream, err);
+    return launch(e->name, p, blocks, stream, err);
 }
 
 bool fa_runs_on_sm80(int major)
@@ -37,11 +48,11 @@ bool fa_runs_on_sm80(int major)
     return major >= 8;
 }
 
-static bool kernel_of(const entry (&table)[4][4], int i, fa_kernel_info *info)
+static bool kernel_of(const table &t, int i, fa_kernel_info *info)
 {
     if (i >= 16)
         return false;
-    info->name = table[i / 4][i % 4].name;
+    info->name = t[i / 4][i % 4].name;
     info->dtype = (fa_dtype)(i / 4 % 3);
     return true;
 }
@@ -158,8 +169,7 @@ static fa_status launch_forward(const fa_args *a, const fa_plan *plan, void *wor
     p.splits = plan->splits;
     p.split_keys = plan->split_keys;
     p.partial = (float *)workspace;
-    const entry *e = entry_of(FORWARD, a);
-    fa_status status = start(e, FA_PASS_FWD, p, plan->tasks, stream, err);
+    fa_status status = start(FORWARD, p, plan->tasks, stream, err);
     if (!status && plan->splits > 1)
         status = fa_combine_launch(a, plan, (const float *)workspace, stream, err);
     return status;
@@ -183,7 +193,7 @@ static bool can_backward(const fa_args *a, int device)
 static void plan_backward(const fa_args *a, int device, fa_plan *p)
 {
     (void)device;
-    p->kernel = entry_of(BACKWARD, a)->name;
+    p->kernel = entry_of(DKV, a)->name;
     plan_tiles(a, KEYS_PASS, p);
     p->splits = 1;
     p->split_keys = a->k.size[2];
@@ -208,21 +218,20 @@ fa_status fa_dmask_sm80_launch(const fa_args *a, const fa_bwd_row_numbers *r, cu
     const int64_t *m = a->mask.size;
     const int64_t blocks = m[0] * m[1] * fa_ceil_div(m[2], fa_tile_rows(t)) *
                            fa_ceil_div(m[3], FA_DMASK_TILES * t.cols);
-    return start(entry_of(BACKWARD, a), FA_PASS_DMASK, backward_params(a, QUERIES_PASS, r), blocks, stream, err);
+    return start(DMASK, backward_params(a, QUERIES_PASS, r), blocks, stream, err);
 }
 
 static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *workspace, cudaStream_t stream,
                                  fa_error *err)
 {
-    const entry *e = entry_of(BACKWARD, a);
     const fa_bwd_row_numbers rows = fa_bwd_rows_in(a, workspace);
     fa_sm80_params p = backward_params(a, QUERIES_PASS, &rows);
     p.slots = fa_tile_slots(&a->cu_q, a->q.size[0], a->q.size[2], fa_tile_rows(tile_of(a, QUERIES_PASS)));
     fa_status status = fa_bwd_rows_launch(a, workspace, stream, err);
     if (!status && (a->dk.data || a->dv.data))
-        status = start(e, FA_PASS_DKV, backward_params(a, KEYS_PASS, &rows), plan->tasks, stream, err);
+        status = start(DKV, backward_params(a, KEYS_PASS, &rows), plan->tasks, stream, err);
     if (!status && a->dq.data)
-        status = start(e, FA_PASS_DQ, p, p.slots * a->q.size[1], stream, err);
+        status = start(DQ, p, p.slots * a->q.size[1], stream, err);
     if (!status && a->dmask.data)
         status = fa_dmask_sm80_launch(a, &rows, stream, err);
     if (!status && a->dsinks.data)
@@ -232,7 +241,7 @@ static fa_status launch_backward(const fa_args *a, const fa_plan *plan, void *wo
 
 static bool backward_kernel(int i, fa_kernel_info *info)
 {
-    return kernel_of(BACKWARD, i, info);
+    return kernel_of(DKV, i, info);
 }
 
 extern "C" const fa_cuda_family fa_bwd_sm80 = {"sm80", fa_runs_on_sm80, backward_kernel, can_backward,

@@ -182,11 +182,17 @@ __device__ __forceinline__ void fa_apply_mask(float (&s)[MT][NT][4], const fa_sm
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
 
+/* Not inlined: its branches, for each score again, are a fifth of what an instance takes to compile. */
+__device__ __noinline__ static float fa_tanh_f32(float x)
+{
+    return tanhf(x);
+}
+
 /* tanh; for 16-bit types from one exponential, off by 2^-22 of 1 */
 template <typename T> __device__ __forceinline__ float fa_tanh(float x)
 {
     if (sizeof(T) == 4)
-        return tanhf(x);
+        return fa_tanh_f32(x);
     return fmaf(-2, ptx_reciprocal(1 + ptx_exp2(2 * FA_LOG2E_F * x)), 1);
 }
 

@@ -29,14 +29,24 @@ fa_status fa_sm90_refuse(fa_error *err, const char *what, const char *why)
     return FA_ERR_UNSUPPORTED;
 }
 
+/* The runtime keeps an instance's shared memory for each device, so that only the first of equal calls asks for it. */
 fa_status fa_sm90_prepare(const fa_sm90_instance *f, int *processors, fa_error *err)
 {
+    static thread_local struct {
+        const fa_sm90_instance *f;
+        int device, processors;
+    } last;
     int device;
     cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
-    if (e == cudaSuccess)
-        e = cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, f->shared_bytes);
+    if (e == cudaSuccess && (last.f != f || last.device != device)) {
+        last = {NULL, device, 0};
+        e = cudaDeviceGetAttribute(&last.processors, cudaDevAttrMultiProcessorCount, device);
+        if (e == cudaSuccess)
+            e = cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, f->shared_bytes);
+        if (e == cudaSuccess)
+            last.f = f;
+    }
+    *processors = last.processors;
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
@@ -82,7 +92,7 @@ static bool encode_map(encode_fn *encode, const fa_sm90_map *m)
 
 fa_status fa_sm90_encode(const char *kernel, const fa_sm90_map *maps, int n, fa_error *err)
 {
-    encode_fn *encode = find_encode();
+    static encode_fn *const encode = find_encode();
     if (!encode)
         return fa_sm90_refuse(err, kernel, "the driver has no cuTensorMapEncodeTiled; it must be of CUDA 12.0 or later");
     for (int i = 0; i < n; i++)

@@ -173,7 +173,7 @@ template <bool WHOLE> __device__ __forceinline__ void fa_parts(uint32_t x, uint3
 {
     big = x + 0x1000u;
     if (WHOLE)
-        small = __float_as_uint(__uint_as_float(x) - __uint_as_float(big & 0xffffe000u));
+        small = __float_as_uint(__uint_as_float(x) - __uint_as_float(big & 0xffffe000u)) + 0x1000u;
 }
 
 /* 16 columns of the left operand in parts: [columns 0 .. 7, 8 .. 15][16 rows] */
