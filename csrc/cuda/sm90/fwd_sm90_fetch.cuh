@@ -9,7 +9,7 @@
 /* What is fetched for a block. COPIED: bytes of the mask for the 16 rows of a warp; LANES: threads of a warp that get
  * the mask as bits. */
 template <int WARPS, int COPIED, int LANES> struct fa_fetched {
-    alignas(128) char copied[WARPS][COPIED];
+    alignas(256) char copied[WARPS][COPIED]; /* a row of a float mask is 256 bytes: fa_load_bias */
     uint2 words[WARPS][LANES]; /* fa_mod_block's seen */
     int32_t tame[WARPS];
 };
