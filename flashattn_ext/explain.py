@@ -39,8 +39,9 @@ class Plan:
 
     def __str__(self):
         return self.report + "".join(
-            "launch     {name}: {blocks} blocks of {threads} threads, {resident_blocks} on a multiprocessor; {registers} "
-            "registers and {local_bytes} bytes of stack a thread, {shared_bytes} bytes of shared memory a block\n"
+            "launch     {name}: {blocks} blocks of {threads} threads, {resident_blocks} on a multiprocessor; "
+            "{registers} registers and {local_bytes} bytes of stack a thread, {shared_bytes} bytes of shared memory a "
+            "block\n"
             .format_map(launch) for launch in self.launches)
 
 
@@ -75,7 +76,8 @@ def explain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
         q.shape[3], v.shape[3], window_left=left, window_right=right, bottom_right=bottom_right, softcap=float(softcap),
         dropout_p=float(dropout_p), mask_dtype=None if mask is None else _name(mask.dtype),
         mask_shape=None if mask is None else list(mask.shape), has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None, allow_tf32=allows_tf32(query), needs=needs or 7, threads=torch.get_num_threads(),
+        has_alibi=alibi_slopes is not None, allow_tf32=allows_tf32(query), needs=needs or 7,
+        threads=torch.get_num_threads(),
         device=query.device.index if query.device.type == "cuda" else -1))
     print(plan)
     return plan

@@ -159,7 +159,8 @@ def allows_tf32(query):
 
 
 def _gpu_rounds_to_tf32():
-    return _fp32_precision("cuda", "matmul") == "tf32"  # torch.backends.cuda.matmul.fp32_precision, in a sixth of its time
+    # torch.backends.cuda.matmul.fp32_precision, in a sixth of its time
+    return _fp32_precision("cuda", "matmul") == "tf32"
 
 
 # In a compiled graph: what was set when it was compiled.

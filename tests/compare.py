@@ -103,9 +103,9 @@ def check(name, got, ref, peers, dtype, least=0.0):
 
 
 def unchanged(name, got, clean, why="NaN in what is hidden", dtype=None):
-    """Asserts that got is clean, bit for bit. On a GPU kernels compute rows that a hidden NaN has spoilt, and in float32
-    also rows beside one, once more in another order, and other strides can choose another kernel: there a few units in
-    the last place of the largest value are forgiven. dtype: of the inputs, where it is not got's."""
+    """Asserts that got is clean, bit for bit. On a GPU kernels compute rows that a hidden NaN has spoilt, and in
+    float32 also rows beside one, once more in another order, and other strides can choose another kernel: there a few
+    units in the last place of the largest value are forgiven. dtype: of the inputs, where it is not got's."""
     dtype = dtype or got.dtype
     if got.is_cuda and dtype in (torch.float16, torch.bfloat16, torch.float32):
         units = (16 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps

@@ -73,8 +73,8 @@ HOPPER = [
     Case(B=3, HQ=2, HK=2, SQ=200, SK=331, D=128, options=("kv_lengths64", "q_lengths", "lower_right", "sinks")),
     Case(B=3, HQ=2, HK=2, SQ=200, SK=331, D=256, options=("kv_lengths", "q_lengths", "window")),
     *(Case(B=2, HQ=4, HK=2, SQ=200, SK=SK, D=D, options=(option,)) for D, SK in ((64, 320), (128, 331), (256, 320))
-      for option in ("mask_full", "mask_2d", "mask_key", "mask_query", "bias_full", "bias_head", "bias_key", "bias_query",
-                     "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout", "scale_zero",
+      for option in ("mask_full", "mask_2d", "mask_key", "mask_query", "bias_full", "bias_head", "bias_key",
+                     "bias_query", "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout", "scale_zero",
                      "scale_negative")),
     Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("mask_strided", "sinks_same")),
     Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("bias_strided", "alibi", "window_left")),
@@ -109,6 +109,8 @@ HOPPER_F32 = [
     Case(B=1, HQ=64, HK=64, SQ=20, SK=700, D=128, DV=64),
     Case(B=2, HQ=2, HK=2, SQ=333, SK=1, D=36, DV=100),
     Case(B=2, HQ=2, HK=2, SQ=200, SK=100, D=128, options=("lower_right",)),
+    Case(B=2, HQ=4, HK=2, SQ=150, SK=200, D=64, layout="bshd", options=("window",)),
+    Case(B=2, HQ=4, HK=4, SQ=150, SK=200, D=128, layout="expanded", options=("causal",)),
 ]
 
 
@@ -116,8 +118,8 @@ HOPPER_F32 = [
 @pytest.mark.parametrize("case", HOPPER_F32, ids=lambda c: c.id)
 @pytest.mark.parametrize("arch", ("sm90",), indirect=True)
 def test_float32_kernels_of_hopper_are_right(arch, case):
-    plan = _C.plan("forward", "float32", case.B, case.HQ, case.HK, case.SQ, case.SK, case.D, case.DV or case.D, threads=1,
-                   device=0)
+    plan = _C.plan("forward", "float32", case.B, case.HQ, case.HK, case.SQ, case.SK, case.D, case.DV or case.D,
+                   threads=1, device=0)
     assert "_sm90_f32_" in plan["kernel"]
     check_case(case)
 
@@ -131,6 +133,7 @@ WILD = {
     "subnormal values": lambda q, k, v: (q, k, v * 1e-40),
     "no values": lambda q, k, v: (q, k, v * 0),
     "one large column": lambda q, k, v: (q, k, torch.cat((v[..., :1] * 1e12, v[..., 1:]), -1)),
+    "large columns between": lambda q, k, v: (q, k, v * 10.0 ** (12 * (torch.arange(v.shape[-1]) % 4 == 0))),
     "one large key": lambda q, k, v: (q, torch.cat((k[:, :, :1] * 300, k[:, :, 1:]), 2), v),
     "large hidden values": lambda q, k, v: (q, k, torch.cat((v[:, :, :200], v[:, :, 200:] * 1e30), 2)),
     "large hidden keys": lambda q, k, v: (q, torch.cat((k[:, :, :200], k[:, :, 200:] * 1e30), 2), v),
@@ -467,11 +470,12 @@ def test_tensors_on_several_devices_are_refused():
         SDPA(query, key, value, kv_seqlens=torch.tensor([3], device="cpu"))
 
 
-def trained(dtype, D, **options):
+def trained(dtype, D, S=190, **options):
     """A call and its gradients, of tensors that are the same on every device."""
     def run(device):
         draw = torch.Generator("cpu").manual_seed(5)
-        given = [torch.randn(2, 4, 190, D, generator=draw, device="cpu").to(device, dtype).requires_grad_() for _ in range(3)]
+        given = [torch.randn(2, 4, S, D, generator=draw, device="cpu").to(device, dtype).requires_grad_()
+                 for _ in range(3)]
         on = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         out = SDPA(*given, **on)
         return out.detach(), *torch.autograd.grad(out.float().square().sum(), given)
@@ -480,8 +484,9 @@ def trained(dtype, D, **options):
 
 def decoded(device):
     draw = torch.Generator("cpu").manual_seed(6)
-    query, k, v, new_k, new_v = (torch.randn(*shape, generator=draw, device="cpu").to(device, torch.bfloat16) for shape in (
-        (3, 1, 4, 64), (3, 700, 2, 64), (3, 700, 2, 64), (3, 1, 2, 64), (3, 1, 2, 64)))
+    shapes = (3, 1, 4, 64), (3, 700, 2, 64), (3, 700, 2, 64), (3, 1, 2, 64), (3, 1, 2, 64)
+    query, k, v, new_k, new_v = (torch.randn(*shape, generator=draw, device="cpu").to(device, torch.bfloat16)
+                                 for shape in shapes)
     lengths = torch.tensor([600, 1, 650], device=device)
     return fa.decode_attention(query, k, v, lengths, k_new=new_k, v_new=new_v), k, v
 
@@ -504,8 +509,11 @@ def merged(device):
 ON_DEVICES = {
     "plain": trained(torch.bfloat16, 64, is_causal=True),
     "mask": trained(torch.bfloat16, 128, attn_mask=torch.rand(190, 190, device="cpu") > 0.3),
+    "mask in pieces": trained(torch.bfloat16, 128, S=192, attn_mask=torch.rand(192, 192, device="cpu") > 0.3),
+    "bias": trained(torch.bfloat16, 64, S=192, attn_mask=torch.randn(192, 192, device="cpu").bfloat16()),
     "lengths": trained(torch.float16, 256, kv_seqlens=torch.tensor([30, 190], device="cpu")),
-    "float32": trained(torch.float32, 64, softcap=3.0),
+    "float32": trained(torch.float32, 64),
+    "float32 with options": trained(torch.float32, 64, softcap=3.0),
     "float64": trained(torch.float64, 16),
     "decode": decoded, "packed": packed, "merge": merged,
 }
@@ -547,7 +555,7 @@ def off(got, want):
 
 
 def test_training_on_131072_tokens_takes_the_memory_of_its_tensors():
-    """Beside tensors of rows: the log-sum-exp; in backward fp32 dQ, two numbers a row; 2 MiB that the allocator may round."""
+    """Beside tensors of rows: the log-sum-exp; in backward fp32 dQ, two numbers a row; 2 MiB that are rounded."""
     S, D = 131072, 64
     query, key, value, grad = (torch.randn(1, 1, S, D, dtype=torch.bfloat16) for _ in range(4))
     given = [x.requires_grad_() for x in (query, key, value)]

@@ -392,11 +392,17 @@ inline Memory host_memory(size_t bytes)
     return memory;
 }
 
-inline void release_on_gpu(void *memory)
+inline auto *raw_delete()
 {
     static auto *const release =
         in_torch_cuda<AOTITorchError(void *)>("aoti_torch_cuda_caching_allocator_raw_delete");
-    STABLE_TORCH_ERROR_CODE_CHECK(release(memory));
+    return release;
+}
+
+// Says nothing where it fails: whatever broke the device is told by the call that met it.
+inline void release_on_gpu(void *memory) noexcept
+{
+    raw_delete()(memory);
 }
 
 // From torch's allocator, for the current stream; without a tensor around it, which costs as much again.
@@ -408,6 +414,7 @@ inline Memory gpu_memory(size_t bytes, int32_t device)
     if (torch::stable::accelerator::getCurrentDeviceIndex() != device)
         guard.emplace(device);
     void *memory = nullptr;
+    raw_delete(); // refused here, where that is possible
     STABLE_TORCH_ERROR_CODE_CHECK(allocate(bytes, &memory));
     return Memory(memory, release_on_gpu);
 }

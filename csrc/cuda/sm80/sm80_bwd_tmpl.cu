@@ -1,6 +1,6 @@
 /* A pass of backward for one dtype and head dimension: FA_PASS is dkv, dq or dmask, FA_TYPE and FA_T name the dtype, as
- * products take it, FA_DP is the dimension; FA_VARIANT is _plain, or nothing for the kernels with all options, and FA_MOD
- * says so. */
+ * products take it, FA_DP is the dimension; FA_VARIANT is _plain, or nothing for the kernels with all options, and
+ * FA_MOD says so. */
 #include "sm80_bwd.cuh"
 
 #define FA_CAT_(pass, type, dp, variant) fa_##pass##_sm80_##type##_hd##dp##variant

@@ -18,6 +18,7 @@ template <class C> constexpr fa_sm90_instance fa_f32_instance(const char *name)
         .threads = C::THREADS,
         .shared_bytes = (int)sizeof(fa_f32_shared<C>),
         .kernel = (const void *)fa_fwd_sm90_f32_kernel<C>,
+        .options = FA_PLAIN,
     };
 }
 

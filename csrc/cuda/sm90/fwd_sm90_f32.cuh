@@ -41,7 +41,7 @@ enum { FA_BAR_SPLIT = FA_BAR_TURN + 2, FA_BAR_QUERIES, FA_BAR_WARP = FA_BAR_QUER
 
 /* ---- producer ---------------------------------------------------------------------------------------------------- */
 
-/* The blocks of all tiles of this thread block, one after the other. */
+/* The blocks of all tiles of this thread block, one after the other; behind the last it stays at that. */
 template <class C> struct fa_f32_cursor {
     int unit = blockIdx.x, part = 0, block;
     fa_query_tile t;
@@ -54,8 +54,10 @@ template <class C> struct fa_f32_cursor {
 
     __device__ __forceinline__ bool next(const fa_fwd_sm90_params &p)
     {
-        if (--block >= t.block_lo)
+        if (block > t.block_lo) {
+            block--;
             return true;
+        }
         if (++part == p.parts) {
             part = 0;
             unit += gridDim.x;
@@ -139,7 +141,7 @@ template <class C> __device__ __forceinline__ void fa_f32_produce(const fa_fwd_s
     static_assert(C::D == C::DV, "K and V take turns in the same registers");
     fa_f32_cursor<C> at(p);
     const int warp_bar = FA_BAR_WARP + threadIdx.x / FA_WARP;
-    fa_stage<C> stage;
+    fa_stage<C::STAGES> stage;
     Block x;
     typename Block::source from = fa_f32_source<Block>(p, p.k, at, p.D);
 #pragma unroll
@@ -185,7 +187,7 @@ struct fa_f32_rows {
 
 template <class C> struct fa_f32_consumer {
     int warpgroup;
-    fa_stage<C> ks, vs;
+    fa_stage<C::STAGES> ks, vs;
     uint32_t q_desc, k_desc, v_desc; /* of stage 0 */
     float q_factor;                  /* scale * log2 e / power of two of this warp's queries */
     bool spoilt = false;             /* this thread held a result that is not finite */
@@ -342,6 +344,7 @@ __device__ __forceinline__ void fa_f32_weigh(const fa_fwd_sm90_params &p, fa_f32
                                              const fa_query_tile &t, int block, float (&s)[C::BN / 2], fa_f32_rows &r)
 {
     float factor = c.q_factor * sh.k_inverse[c.ks.index];
+    __syncwarp(); /* all lanes have read it */
     fa_release(&sh.k_empty[c.ks.index]);
     c.ks.next();
     factor = factor <= FA_F32_SCORE_LIMIT ? factor : CUDART_NAN_F;

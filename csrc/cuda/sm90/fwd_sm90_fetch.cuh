@@ -60,7 +60,8 @@ template <class C> struct fa_mask_rows {
 template <class C>
 __device__ __forceinline__ void fa_copy_rows(const char *const (&row)[2], int key, int keys, char *to)
 {
-    int lane = threadIdx.x % FA_WARP, first = key * C::MASK_BYTES + lane % 4 * 16, end = keys * C::MASK_BYTES;
+    const int lane = threadIdx.x % FA_WARP;
+    const int64_t first = (int64_t)key * C::MASK_BYTES + lane % 4 * 16, end = (int64_t)keys * C::MASK_BYTES;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         constexpr int PIECES = C::BN * C::MASK_BYTES / 64;

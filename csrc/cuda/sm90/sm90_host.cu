@@ -29,24 +29,26 @@ fa_status fa_sm90_refuse(fa_error *err, const char *what, const char *why)
     return FA_ERR_UNSUPPORTED;
 }
 
-/* The runtime keeps an instance's shared memory for each device, so that only the first of equal calls asks for it. */
+/* The runtime keeps an instance's shared memory for each device, so that only the first of a thread's calls asks for
+ * it; or a later one, where two instances share an entry. */
 fa_status fa_sm90_prepare(const fa_sm90_instance *f, int *processors, fa_error *err)
 {
     static thread_local struct {
         const fa_sm90_instance *f;
         int device, processors;
-    } last;
+    } table[16];
+    auto &known = table[(uintptr_t)f / sizeof *f % 16];
     int device;
     cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess && (last.f != f || last.device != device)) {
-        last = {NULL, device, 0};
-        e = cudaDeviceGetAttribute(&last.processors, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess && (known.f != f || known.device != device)) {
+        known = {NULL, device, 0};
+        e = cudaDeviceGetAttribute(&known.processors, cudaDevAttrMultiProcessorCount, device);
         if (e == cudaSuccess)
             e = cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, f->shared_bytes);
         if (e == cudaSuccess)
-            last.f = f;
+            known.f = f;
     }
-    *processors = last.processors;
+    *processors = known.processors;
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
