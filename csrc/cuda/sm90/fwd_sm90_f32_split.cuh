@@ -10,7 +10,8 @@
  *   - Scores are exponents: their absolute error counts, and it is small while largest q times largest k, in units of
  *     log2, is below 2^14 (FA_F32_SCORE_LIMIT).
  *   - The low parts of V are kept 2^11 times as large, for which the weights' high parts are made as much smaller: the
- *     error is 2^-51 of the largest. No column, over the few rows that a thread has, may be below 2^-24 of it, but 0. */
+ *     error is 2^-51 of the largest. Neither four neighbours of a row nor a thread's numbers of a column may all be
+ *     below 2^-24 of it, but zeros. */
 #ifndef FA_FWD_SM90_F32_SPLIT_CUH
 #define FA_FWD_SM90_F32_SPLIT_CUH
 
@@ -128,21 +129,28 @@ template <int W, int BN, int THREADS> struct fa_split_block {
         x[i] = fa_load_f32x4((const float *)(s.at + (int64_t)min(s.row + i * STRIDE, s.last) * s.step));
     }
 
-    /* Bits of the largest magnitude of this warp's part. Returns those of the smallest, less 1, of what is the largest
-     * of a thread's rows in a column, zeros left out. */
+    static __device__ __forceinline__ float largest_of(const float4 &y)
+    {
+        return fa_max_magnitude(fa_max_magnitude(fa_max_magnitude(fabsf(y.x), y.y), y.z), y.w);
+    }
+
+    /* Bits of the largest magnitude of this warp's part. Returns those of the least magnitude, less 1, that is the
+     * largest of four neighbours in a row or of a thread's numbers in a column, zeros left out. */
     __device__ __forceinline__ uint32_t extremes(uint32_t *peak) const
     {
-        float a = 0.f, b = 0.f, c = 0.f, d = 0.f;
+        float4 column = {0.f, 0.f, 0.f, 0.f};
+        uint32_t least = 0xffffffff;
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            a = fa_max_magnitude(a, x[i].x);
-            b = fa_max_magnitude(b, x[i].y);
-            c = fa_max_magnitude(c, x[i].z);
-            d = fa_max_magnitude(d, x[i].w);
+            least = min(least, __float_as_uint(largest_of(x[i])) - 1);
+            column.x = fa_max_magnitude(column.x, x[i].x);
+            column.y = fa_max_magnitude(column.y, x[i].y);
+            column.z = fa_max_magnitude(column.z, x[i].z);
+            column.w = fa_max_magnitude(column.w, x[i].w);
         }
-        *peak = fa_warp_peak(fa_max_magnitude(fa_max_magnitude(a, b), fa_max_magnitude(c, d)));
-        uint32_t least = min(min(__float_as_uint(a) - 1, __float_as_uint(b) - 1),
-                             min(__float_as_uint(c) - 1, __float_as_uint(d) - 1));
+        *peak = fa_warp_peak(largest_of(column));
+        least = min(least, min(min(__float_as_uint(column.x) - 1, __float_as_uint(column.y) - 1),
+                               min(__float_as_uint(column.z) - 1, __float_as_uint(column.w) - 1)));
         return __reduce_min_sync(0xffffffff, least);
     }
 
