@@ -5,6 +5,7 @@ folded. Arguments are in the order of the schemas (docs/ops.md).
 """
 
 import torch
+from torch import library
 
 # Places of the arguments that both ops share, counted from query, key, value.
 _MASK, _SINKS, _ALIBI, _Q_SEQLENS, _KV_SEQLENS, _SEED, _DROPOUT_P = 3, 4, 5, 6, 7, 8, 14
@@ -95,5 +96,5 @@ def _logical_dim(x, dim):
 
 def register(forward, backward):
     """Teaches vmap the two ops (OpOverloads)."""
-    torch.library.register_vmap(forward, lambda info, in_dims, *args: fold_forward(forward, info, in_dims, *args))
-    torch.library.register_vmap(backward, lambda info, in_dims, *args: fold_backward(backward, info, in_dims, *args))
+    library.register_vmap(forward, lambda info, in_dims, *args: fold_forward(forward, info, in_dims, *args))
+    library.register_vmap(backward, lambda info, in_dims, *args: fold_backward(backward, info, in_dims, *args))

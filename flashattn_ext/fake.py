@@ -1,9 +1,10 @@
 """What the ops return, without computing it: shapes, dtypes and strides for the compiler and for meta tensors."""
 
 import torch
+from torch import library
 
 
-@torch.library.register_fake("flashattn_ext::forward")
+@library.register_fake("flashattn_ext::forward")
 def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens, dropout_seed, scale, softcap,
             window_left, window_right, bottom_right, dropout_p, allow_tf32):
     _require_one_device(query, key, value, attn_mask, sinks, alibi_slopes)
@@ -11,13 +12,13 @@ def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seq
     return out, _new_lse(query, query.shape[:3])
 
 
-@torch.library.register_fake("flashattn_ext::forward_plain")
+@library.register_fake("flashattn_ext::forward_plain")
 def forward_plain(query, key, value, scale, is_causal, allow_tf32):
     _require_one_device(query, key, value)
     return _empty((*query.shape[:3], value.shape[3]), query)
 
 
-@torch.library.register_fake("flashattn_ext::backward")
+@library.register_fake("flashattn_ext::backward")
 def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seqlens,
              dropout_seed, scale, softcap, window_left, window_right, bottom_right, dropout_p, allow_tf32, needs):
     def gradient(place, x):
@@ -28,7 +29,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, attn_mask, sinks, 
     return tuple(gradient(place, x) for place, x in enumerate((query, key, value, attn_mask, sinks)))
 
 
-@torch.library.register_fake("flashattn_ext::varlen_forward")
+@library.register_fake("flashattn_ext::varlen_forward")
 def varlen_forward(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, sinks, alibi_slopes, dropout_seed,
                    max_q, max_k, scale, softcap, window_left, window_right, dropout_p, allow_tf32, num_splits):
     _require_one_device(query, key, value)
@@ -36,7 +37,7 @@ def varlen_forward(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table
     return query.new_empty((tokens, heads, value.shape[-1])), _new_lse(query, (heads, tokens))
 
 
-@torch.library.register_fake("flashattn_ext::varlen_backward")
+@library.register_fake("flashattn_ext::varlen_backward")
 def varlen_backward(grad_out, grad_lse, query, key, value, out, lse, cu_seq_q, cu_seq_k, sinks, alibi_slopes,
                     dropout_seed, max_q, max_k, scale, softcap, window_left, window_right, dropout_p, allow_tf32,
                     needs):
@@ -48,18 +49,18 @@ def varlen_backward(grad_out, grad_lse, query, key, value, out, lse, cu_seq_q, c
     return tuple(gradient(place, x) for place, x in enumerate((query, key, value, sinks)))
 
 
-@torch.library.register_fake("flashattn_ext::decode")
+@library.register_fake("flashattn_ext::decode")
 def decode(query, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, tree_mask, sinks, alibi_slopes, scale,
            softcap, window_left, window_right, num_splits):
     return _decoded(query, v_cache), _new_lse(query, _rows_of_heads(query))
 
 
-@torch.library.register_fake("flashattn_ext::decode_plain")
+@library.register_fake("flashattn_ext::decode_plain")
 def decode_plain(query, k_cache, v_cache, cache_seqlens, block_table, scale, causal):
     return _decoded(query, v_cache)
 
 
-@torch.library.register_fake("flashattn_ext::decode_append_")
+@library.register_fake("flashattn_ext::decode_append_")
 def decode_append_(query, k_cache, v_cache, cache_seqlens, k_new, v_new, block_table, k_scale, v_scale, rope_cos,
                    rope_sin, rope_interleaved, tree_mask, sinks, alibi_slopes, out, scale, softcap, window_left,
                    window_right, num_splits):
@@ -67,12 +68,12 @@ def decode_append_(query, k_cache, v_cache, cache_seqlens, k_new, v_new, block_t
     return result, _new_lse(query, _rows_of_heads(query))
 
 
-@torch.library.register_fake("flashattn_ext::cache_append_")
+@library.register_fake("flashattn_ext::cache_append_")
 def cache_append_(k_cache, v_cache, cache_seqlens, k_new, v_new, cu_seqlens, block_table, k_scale, v_scale):
     pass
 
 
-@torch.library.register_fake("flashattn_ext::merge")
+@library.register_fake("flashattn_ext::merge")
 def merge(out_a, lse_a, out_b, lse_b):
     return _empty(out_a.shape, out_a), lse_a.new_empty(out_a.shape[:3])
 
