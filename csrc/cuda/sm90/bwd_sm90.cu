@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include "../../common/fa_philox.h"
 #include "../cuda.h"
 
 /* X(head dimensions), the narrowest first. */
@@ -385,10 +384,8 @@ static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
     m->alibi_f32 = a->alibi.dtype == FA_F32;
     m->alibi_batch = stride_or_0(&a->alibi, 0);
     m->alibi_head = a->alibi.stride[1];
-    m->seed = a->dropout_seed;
-    m->threshold = fa_dropout_threshold(a->dropout_p);
+    m->dropout = fa_sm90_dropout_of(a->dropout_p, a->dropout_seed);
     m->first_head = (uint32_t)(a->first_batch * a->q.size[1]);
-    m->keep = (float)(1 / (1 - a->dropout_p));
 }
 
 /* Without queries or without keys nothing is loaded. */

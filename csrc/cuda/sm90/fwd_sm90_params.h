@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../../fa.h"
+#include "sm90_dropout.cuh"
 
 typedef struct fa_fwd_sm90_view {
     const void *data;
@@ -63,9 +64,7 @@ typedef struct fa_fwd_sm90_mod_params {
     float cap;             /* softcap in units of log2 */
     float cap_terms[4];    /* of a small s, it is s times a polynomial in s^2 of these coefficients; */
     float cap_limit;       /* small: s^2 is at most this */
-    float keep;            /* what dropout multiplies kept weights by */
-    uint32_t threshold;    /* random words below it drop */
-    uint32_t keys[10][2];  /* of the rounds of Philox */
+    fa_sm90_dropout dropout;
     int64_t mask[4];       /* strides of the mask in elements, 0 where it is broadcast */
     uint32_t *next_unit;   /* where pieces of work are handed out one by one: the next, then for each the one that its
                               thread block had before it; NULL: in turn */

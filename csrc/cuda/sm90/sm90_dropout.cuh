@@ -1,0 +1,70 @@
+/* Dropout's random numbers on Hopper (common/fa_philox.h): what the host prepares, and an evaluation.
+ *
+ * Two weights are compared at a time. x, 16 bits, is at least t, at most 2^15, where the sign of x + 2^15 - t is set, or, if
+ * that exceeds 16 bits, that of x, which is the larger then: one instruction says it of both halves of a word. For a
+ * threshold above 2^15 all bits are the other way round: x is below t where ~x is at least 2^16 - t. */
+#ifndef FA_SM90_DROPOUT_CUH
+#define FA_SM90_DROPOUT_CUH
+
+#include "../../common/fa_philox.h"
+
+typedef struct fa_sm90_dropout {
+    uint32_t keys[FA_PHILOX_ROUNDS][2]; /* of the rounds; those of the last with flip */
+    uint32_t flip;                      /* all ones where the threshold is above 2^15, else 0 */
+    uint32_t lift;                      /* 2^15 - t in both halves */
+    float factor;
+} fa_sm90_dropout;
+
+static inline fa_sm90_dropout fa_sm90_dropout_of(double p, uint64_t seed)
+{
+    const uint32_t threshold = fa_dropout_threshold(p);
+    const bool often = threshold > 0x8000u;
+    fa_sm90_dropout d = {};
+    d.flip = often ? ~0u : 0u;
+    d.lift = (0x8000u - (often ? 0x10000u - threshold : threshold)) * 0x10001u;
+    d.factor = (float)fa_dropout_factor(p);
+    for (uint32_t i = 0; i < FA_PHILOX_ROUNDS; i++) {
+        const uint32_t flip = i == FA_PHILOX_ROUNDS - 1 ? d.flip : 0;
+        d.keys[i][0] = (uint32_t)seed + i * FA_PHILOX_W0 ^ flip;
+        d.keys[i][1] = (uint32_t)(seed >> 32) + i * FA_PHILOX_W1 ^ flip;
+    }
+    return d;
+}
+
+/* fa_philox as signs: that of each half, with flip, says whether its weight is kept. */
+__device__ __forceinline__ fa_philox4 fa_draw_signs(const fa_sm90_dropout &d, uint32_t column, uint32_t row,
+                                                    uint32_t bh)
+{
+    uint32_t c0 = column, c1 = row, c2 = bh, c3 = 0;
+#pragma unroll
+    for (int round = 0; round < FA_PHILOX_ROUNDS; round++) {
+        uint64_t p0 = (uint64_t)FA_PHILOX_M0 * c0, p1 = (uint64_t)FA_PHILOX_M1 * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ d.keys[round][0];
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ d.keys[round][1];
+        c1 = (uint32_t)p1;
+        c3 = (uint32_t)p0;
+    }
+    fa_philox4 r = {{c0, c1 ^ d.flip, c2, c3 ^ d.flip}};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        r.word[i] = __viaddmax_u16x2(r.word[i], d.lift, r.word[i]);
+    return r;
+}
+
+/* The signs of the halves of two words as bytes of 0 or 255: of the first's low and high half, of the second's. */
+__device__ __forceinline__ uint32_t fa_bytes_of_signs(uint32_t first, uint32_t second)
+{
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(bytes) : "r"(first), "r"(second));
+    return bytes;
+}
+
+/* A mask of two packed weights from the signs of two bytes of x: which says them, as prmt does. */
+__device__ __forceinline__ uint32_t fa_mask_of_signs(uint32_t x, int which)
+{
+    uint32_t mask;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(x), "r"(which));
+    return mask;
+}
+
+#endif
