@@ -277,10 +277,12 @@ __device__ __forceinline__ void fa_dmask_weights(const fa_bwd_sm90_params &p, co
 template <class M>
 __device__ __forceinline__ void fa_dmask_drop(const fa_bwd_mod &m, int head, fa_place at, float (&dp)[M::BN / 2])
 {
-    uint32_t column = fa_dropout_column(at.key), row = fa_dropout_row(at.query), bh = m.first_head + head;
+    uint32_t bh = m.first_head + head;
+    uint2 row = fa_draw_row(m.dropout, fa_dropout_row(at.query), bh);
 #pragma unroll
     for (int a = 0; a < M::BN / 16; a++) {
-        fa_philox4 r = fa_draw_signs(m.dropout, column + 4 * a, row, bh);
+        uint4 column = fa_draw_column(m.dropout, fa_dropout_column(at.key) + 4 * a, bh);
+        fa_philox4 r = fa_draw_signs<true>(m.dropout, column, row);
 #pragma unroll
         for (int i = 0; i < 4; i++) { /* row i / 2, group of 8 columns 2 a + i % 2 */
             uint32_t kept = r.word[i] ^ m.dropout.flip;

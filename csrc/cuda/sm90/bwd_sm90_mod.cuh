@@ -201,23 +201,25 @@ __device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 6
 /* Which weights dropout keeps. Two lanes with neighbouring keys share their evaluations, of which each serves one query of
  * the two that are neighbours: each draws those of one of them, for both, and they exchange signs. */
 template <class C> struct fa_kept {
+    static constexpr bool OFTEN = C::OPTIONS & FA_MOD_OFTEN;
     uint32_t bits[C::BM / 64]; /* of 64 queries; bit 8 (2 r + x) + 7 - c: query 8 c + x, key 8 r */
 
     __device__ __forceinline__ void draw(const fa_bwd_mod &mod, int head, fa_place at)
     {
-        uint32_t column = fa_dropout_column(at.key), row = fa_dropout_row(at.query), odd = threadIdx.x / 4 % 2;
+        uint32_t bh = mod.first_head + head, odd = threadIdx.x / 4 % 2, row = fa_dropout_row(at.query) + odd;
+        uint4 column = fa_draw_column(mod.dropout, fa_dropout_column(at.key), bh);
 #pragma unroll
         for (int half = 0; half < C::BM / 64; half++) {
             uint32_t own = 0;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                fa_philox4 r =
-                    fa_draw_signs(mod.dropout, column, row + 32 * half + 8 * i + odd, mod.first_head + head);
+                uint2 own_row = fa_draw_row(mod.dropout, row + 32 * half + 8 * i, bh);
+                fa_philox4 r = fa_draw_signs<OFTEN>(mod.dropout, column, own_row);
                 own |= fa_bytes_of_signs(r.word[0], r.word[1]) & 0x80808080u >> 2 * i;
                 own |= fa_bytes_of_signs(r.word[2], r.word[3]) & 0x40404040u >> 2 * i;
             }
             uint32_t other = __shfl_xor_sync(0xffffffff, own, 4);
-            bits[half] = __byte_perm(own, other, odd ? 0x3715 : 0x6240) ^ mod.dropout.flip;
+            bits[half] = __byte_perm(own, other, odd ? 0x3715 : 0x6240) ^ (OFTEN ? mod.dropout.flip : 0);
         }
     }
 

@@ -54,6 +54,7 @@ enum {
     FA_MOD_CAP = 8,
     FA_MOD_ALIBI = 16,
     FA_MOD_DROPOUT = 32,
+    FA_MOD_OFTEN = 256, /* with DROPOUT: of more than a half */
     FA_MOD_TWO_WEIGHTS = FA_MOD_CAP | FA_MOD_DROPOUT, /* those of dS differ from those of dV */
     FA_MOD_TILED = FA_MOD_BIAS | FA_MOD_TILES,
     FA_MOD_ANY = -1, /* of an instance: whatever the call has */

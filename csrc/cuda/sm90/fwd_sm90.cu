@@ -98,6 +98,7 @@ static int what_of(const fa_args *a)
     what |= a->softcap > 0 ? FA_MOD_CAP : 0;
     what |= a->alibi.data ? FA_MOD_ALIBI : 0;
     what |= a->dropout_p > 0 ? FA_MOD_DROPOUT : 0;
+    what |= fa_sm90_drops_often(a->dropout_p) ? FA_MOD_OFTEN : 0;
     bool scaled = what & (FA_MOD_CAP | FA_MOD_ALIBI | FA_MOD_BIAS) || a->scale <= 0;
     return what | (scaled ? FA_MOD_SCALED : 0);
 }

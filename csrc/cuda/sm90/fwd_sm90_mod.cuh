@@ -18,8 +18,7 @@
 /* Of one thread. An element is named by i, its row (first + 8 i), c, its group of 8 columns, and x, one of two. */
 struct fa_mod_block {
     uint32_t seen[2]; /* bool mask: bit fa_seen_bit(c, x) of seen[i] */
-    uint32_t kept[2]; /* dropout: bit 8 (2 (c % 2) + x) + 7 - c / 2 of kept[i] */
-    char *mask;       /* the warp's part of the mask, in shared memory */
+    char *mask;       /* the warp's part of the mask, in shared memory; with dropout alone fa_fetch_columns' place */
     bool climbs;      /* the block's maximum is to be looked for at once */
     bool tame;        /* a float mask that hides nothing, and nothing in it is large */
     bool late;        /* scores are made together with their weights: fa_late_scores */
@@ -325,33 +324,63 @@ template <int BN> __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_t
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
 
-/* Each evaluation serves eight elements of this thread: a pair of columns in two groups of 8, in both rows. */
-template <int BN>
-__device__ __forceinline__ void fa_fetch_kept(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
-                                              fa_mod_block &m)
+__device__ __forceinline__ uint32_t fa_dropout_head(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t)
 {
-    uint32_t bh = (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h);
-    uint32_t column = fa_dropout_column((uint32_t)at.column), row = fa_dropout_row((uint32_t)at.row);
-    m.kept[0] = m.kept[1] = 0;
-#pragma unroll 2
-    for (int a = 0; a < BN / 16; a++) {
-        fa_philox4 r = fa_draw_signs(p.dropout, column + 4 * a, row, bh);
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            m.kept[i] = m.kept[i] << 1 | fa_bytes_of_signs(r.word[2 * i], r.word[2 * i + 1]) & 0x01010101u;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        m.kept[i] = (m.kept[i] ^ p.dropout.flip) << (8 - BN / 16);
+    return (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h);
 }
 
-/* Packed weights become 0 where they are dropped. */
-template <int BN> __device__ __forceinline__ void fa_drop(uint32_t (&w)[BN / 4], const fa_mod_block &m)
+/* Lane i of a warp computes what column i of the block's BN / 4 adds to random numbers, for all of the warp's rows. */
+template <int BN>
+__device__ __forceinline__ void fa_fetch_columns(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int key,
+                                                 char *columns)
 {
-#pragma unroll
-    for (int j = 0; j < BN / 4; j++)
-        w[j] &= fa_mask_of_signs(m.kept[j % 2] << j / 4, j / 2 % 2 ? 0xbbaa : 0x9988);
+    int lane = threadIdx.x % FA_WARP;
+    if (lane < BN / 4)
+        ((uint4 *)columns)[lane] =
+            fa_draw_column(p.dropout, fa_dropout_column((uint32_t)key) + lane, fa_dropout_head(p, t));
+    __syncwarp();
 }
+
+/* What the softmax does with its weights, 16 keys at a time: an evaluation serves eight of this thread's, a pair of columns
+ * in two groups of 8, in both rows. ALONE: no other option, and not OFTEN; what its columns add lies in shared memory. */
+template <bool ALONE> struct fa_dropping {
+    const fa_sm90_dropout &d;
+    uint32_t column, bh; /* of the first evaluation; ALONE: where it lies */
+    uint2 row;
+
+    __device__ __forceinline__ fa_dropping(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                           const char *columns)
+        : d(p.dropout), bh(fa_dropout_head(p, t))
+    {
+        column = ALONE ? fa_shared_address(columns) + threadIdx.x % 4 * 16 : fa_dropout_column((uint32_t)at.column);
+        row = fa_draw_row(d, fa_dropout_row((uint32_t)at.row), bh);
+    }
+
+    __device__ __forceinline__ void tie(float &x, uint32_t kept) const
+    {
+        x = __uint_as_float(__float_as_uint(x) ^ kept & d.zero);
+    }
+
+    /* Beside the special function, not before: that is what `volatile` is for. */
+    __device__ __forceinline__ void operator()(uint32_t (&kept)[4], int a) const
+    {
+        uint4 own;
+        if (ALONE) {
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(own.x), "=r"(own.y), "=r"(own.z), "=r"(own.w)
+                         : "r"(column + 64 * a)
+                         : "memory");
+        } else {
+            uint32_t at = column + 4 * a;
+            asm volatile("" : "+r"(at));
+            own = fa_draw_column(d, at, bh);
+        }
+        fa_philox4 r = fa_draw_signs<!ALONE>(d, own, row);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            kept[i / 2 + i % 2 * 2] = fa_mask_of_signs(r.word[i], 0xbb99) ^ (ALONE ? 0 : d.flip);
+    }
+};
 
 /* ---- a block ----------------------------------------------------------------------------------------------------- */
 
@@ -389,8 +418,6 @@ __device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, in
     } else if ((what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
         fa_fetch_bias_singly<BN>(p, t, at, m.mask);
     }
-    if (what & FA_MOD_DROPOUT)
-        fa_fetch_kept<BN>(p, t, at, m);
 }
 
 /* Scores in units of log2: scale, softcap, float mask, ALiBi. */

@@ -39,6 +39,7 @@ enum {
     FA_MOD_DROPOUT = 32,
     FA_MOD_SCALED = 64,  /* scores come to units of log2 before the softmax; scale_log2 is then 1 */
     FA_MOD_WIDE = 128,   /* the mask is of float32 */
+    FA_MOD_OFTEN = 256,  /* with DROPOUT: of more than a half */
 };
 
 /* What an instance is for: nothing but causal and windows; also lengths, packed rows and sinks; all options; or, with

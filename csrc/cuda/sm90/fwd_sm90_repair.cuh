@@ -98,8 +98,9 @@ __device__ __forceinline__ bool fa_mod_keeps(const fa_fwd_sm90_mod_params &p, co
 {
     if (!(p.what & FA_MOD_DROPOUT))
         return true;
-    uint32_t bh = (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h);
-    fa_philox4 r = fa_draw_signs(p.dropout, fa_dropout_column((uint32_t)j), fa_dropout_row((uint32_t)i), bh);
+    uint32_t bh = fa_dropout_head(p, t);
+    uint4 column = fa_draw_column(p.dropout, fa_dropout_column((uint32_t)j), bh);
+    fa_philox4 r = fa_draw_signs<true>(p.dropout, column, fa_draw_row(p.dropout, fa_dropout_row((uint32_t)i), bh));
     return (fa_dropout_bits(&r, (uint32_t)i, (uint32_t)j) ^ p.dropout.flip) & 0x8000u;
 }
 
