@@ -172,6 +172,7 @@ OPTIONS = {
     "kv_lengths64": lambda c, g: dict(kv_seqlens=_lengths(c, g, c.SK, torch.int64)),
     "q_lengths": lambda c, g: dict(q_seqlens=_lengths(c, g, c.SQ)),
     "dropout": lambda c, g: dict(dropout_p=0.3),
+    "dropout_often": lambda c, g: dict(dropout_p=0.8),
     "scale": lambda c, g: dict(scale=0.7),
     "scale_zero": lambda c, g: dict(scale=0.0),
     "scale_negative": lambda c, g: dict(scale=-0.4),

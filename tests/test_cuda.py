@@ -74,8 +74,8 @@ HOPPER = [
     Case(B=3, HQ=2, HK=2, SQ=200, SK=331, D=256, options=("kv_lengths", "q_lengths", "window")),
     *(Case(B=2, HQ=4, HK=2, SQ=200, SK=SK, D=D, options=(option,)) for D, SK in ((64, 320), (128, 331), (256, 320))
       for option in ("mask_full", "mask_2d", "mask_key", "mask_query", "bias_full", "bias_head", "bias_key",
-                     "bias_query", "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout", "scale_zero",
-                     "scale_negative")),
+                     "bias_query", "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout", "dropout_often",
+                     "scale_zero", "scale_negative")),
     Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("mask_strided", "sinks_same")),
     Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("bias_strided", "alibi", "window_left")),
     Case(B=2, HQ=4, HK=2, SQ=300, SK=320, D=192, DV=128, options=("mask_key", "dropout", "softcap")),

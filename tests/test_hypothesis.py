@@ -15,7 +15,7 @@ dims = st.one_of(st.sampled_from([1, 8, 16, 32, 64, 65, 128]), st.integers(1, 10
 MASKS = [name for name in OPTIONS if name.startswith(("mask_", "bias_"))] + ["causal", "lower_right", "upper_left"]
 # At most one of each group in a case.
 GROUPS = [MASKS, ["window", "window_left", "window_right", "window_self"], ["alibi", "alibi_batch"], ["softcap"],
-          ["sinks", "sinks_same"], ["kv_lengths", "kv_lengths64"], ["q_lengths"], ["dropout"],
+          ["sinks", "sinks_same"], ["kv_lengths", "kv_lengths64"], ["q_lengths"], ["dropout", "dropout_often"],
           ["scale", "scale_zero", "scale_negative"]]
 
 

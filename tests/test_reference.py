@@ -13,7 +13,7 @@ from cases import ALONE, TOGETHER, Case, build, upstream
 from compare import differentiate, kept_after, reference, widen
 
 attention = fa.reference.attention
-NO_DROPOUT = [o for o in ALONE + TOGETHER if "dropout" not in o]
+NO_DROPOUT = [o for o in ALONE + TOGETHER if not {"dropout", "dropout_often"} & set(o)]
 
 
 def by_hand(query, key, value, *, scale, causal=False, softcap=0.0, sink=None, slope=None, bias=None, hidden=()):
@@ -66,7 +66,8 @@ def test_against_the_matrix_formula(options):
     """Output, log-sum-exp and every gradient equal naive.py's in float64."""
     case = Case(HQ=4, HK=2, B=3, dtype="float64", options=options)
     inputs, grads = widen(build(case)), upstream(case)
-    keep = kept_after(5, 0.3, 3, 4, case.SQ, case.SK) if "dropout" in options else None
+    p = inputs.options.get("dropout_p")
+    keep = kept_after(5, p, 3, 4, case.SQ, case.SK) if p else None
     torch.manual_seed(5)
     got = differentiate(reference, inputs, grads)
     want = differentiate(lambda *a, **o: naive.attention(*a, **o, keep=keep), inputs, grads)
