@@ -188,12 +188,10 @@ __device__ __forceinline__ uint32_t fa_parity_of(int t)
     return t >> 1 & 1;
 }
 
-/* One of every warp arrives for its warp. */
 __device__ __forceinline__ void fa_warp_arrive(uint64_t *bar)
 {
     __syncwarp();
-    if (threadIdx.x % FA_WARP == 0)
-        fa_mbar_arrive(bar);
+    fa_mbar_arrive_warp(bar);
 }
 
 #endif

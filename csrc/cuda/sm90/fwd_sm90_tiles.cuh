@@ -231,8 +231,7 @@ template <class C, class Shared> __device__ __forceinline__ void fa_clear_tails(
         int blocks = t.block_hi - t.block_lo, tail = t.tail;
         bool end = t.block_hi < 0;
         __syncwarp();
-        if (lane == 0)
-            fa_mbar_arrive(&s.tile_empty[ring.index]);
+        fa_mbar_arrive_warp(&s.tile_empty[ring.index]);
         if (end)
             return;
         if (tail < C::BN) {
