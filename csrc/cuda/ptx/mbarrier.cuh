@@ -35,8 +35,8 @@ __device__ __forceinline__ void fa_mbar_arrive(uint64_t *bar)
 }
 
 /* One arrival for a warp, whose threads have met since they did what it tells of.
- * FA_ARRIVE_ALL, for debugging: an arrival of each thread instead. compute-sanitizer's racecheck (2025.3) takes an arrival
- * for that of the thread alone, and reports what the rest of its warp did. */
+ * FA_ARRIVE_ALL, for debugging: an arrival of each thread instead. compute-sanitizer's racecheck (2025.3) takes an
+ * arrival for that of the thread alone, and reports what the rest of its warp did. */
 #ifdef FA_ARRIVE_ALL
 enum { FA_WARP_ARRIVALS = 32 };
 #else

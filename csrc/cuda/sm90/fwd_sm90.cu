@@ -209,22 +209,13 @@ static fa_status fill_maps(fa_fwd_sm90_params *p, const fa_args *a, const fa_sm9
     return fa_sm90_encode(f->name, maps, 3, err);
 }
 
-static fa_status start(const fa_sm90_instance *f, void *params, int units, int processors, cudaStream_t stream,
-                       fa_error *err)
-{
-    void *arguments[] = {params};
-    dim3 grid((unsigned)(units < processors ? units : processors)), block((unsigned)f->threads);
-    cudaError_t e = cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
-    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
-}
-
 static fa_status launch_plain(const fa_args *a, const fa_sm90_instance *f, int processors, cudaStream_t stream,
                               fa_error *err)
 {
     fa_fwd_sm90_params p = {};
     fill_sizes(&p, a, f, processors);
     fa_status status = a->q.dtype == FA_F32 ? FA_OK : fill_maps(&p, a, f, err);
-    return status ? status : start(f, &p, p.units, processors, stream, err);
+    return status ? status : fa_sm90_start(f, min(p.units, processors), &p, stream, err);
 }
 
 static fa_status launch_mod(const fa_args *a, const fa_sm90_instance *f, int processors, void *workspace,
@@ -238,7 +229,7 @@ static fa_status launch_mod(const fa_args *a, const fa_sm90_instance *f, int pro
         cudaError_t e = cudaMemsetAsync(workspace, 0, sizeof *p.next_unit, stream);
         status = e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
     }
-    return status ? status : start(f, &p, p.plain.units, processors, stream, err);
+    return status ? status : fa_sm90_start(f, min(p.plain.units, processors), &p, stream, err);
 }
 
 extern "C" size_t fa_fwd_sm90_workspace(const fa_args *a)
