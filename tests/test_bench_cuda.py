@@ -149,9 +149,10 @@ def test_peers_that_are_missing_say_so(monkeypatch):
     monkeypatch.setattr(peers_cuda.OursCuda, "missing", lambda self: None)
     chosen, left_out = command.choose_peers(None, "cuda")
     assert chosen[0].name == "ours" and "FA3 is not timed: fa3-fwd is not installed" in left_out
-    assert [peer.name for peer in chosen if peer.reserve] == ["flex"]
+    plain, option = small_cases("fwd")[0], small_cases("option")[0]
+    assert chosen[-1].name == "flex" and chosen[-1].concerns(option) and not chosen[-1].concerns(plain)
     asked, _ = command.choose_peers(["ours", "flex"], "cuda")
-    assert not any(peer.reserve for peer in asked)
+    assert asked[1].concerns(plain)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -161,16 +162,25 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_rates_and_columns_of_a_table():
-    """Without a GPU, from times that are given."""
+    """Without a GPU, from times that are given; as wide as 120 columns even where every peer was timed."""
     from flashattn_ext.bench import ceilings_cuda, report
 
     case = cases_cuda.select(["fwd"], [cases.Shape.parse("B4H16S4096D128")], ["bf16"])[0]
     result = run.Result(case, {"ours": run.Sampled([1e-3] * 3), "cudnn": run.Sampled([1.1e-3] * 3),
                                "fa2": run.Sampled(skipped="no such thing")}, "ours")
-    shown = {peer.name: peer for peer in peers_cuda.all_peers()}
-    text = report.markdown([result], ceilings_cuda.Ceilings(8e5, 3e3), shown)
+    all_peers = peers_cuda.all_peers()
+    shown, machine = {peer.name: peer for peer in all_peers}, ceilings_cuda.Ceilings(8e5, 3e3)
+    text = report.markdown([result], machine, shown)
     assert "x cuDNN" in text and "x FA2" not in text and "| 550 TFLOP/s | 69% | 1.10 | 1.10 | cuDNN |" in text
     assert any("FA2 left out: no such thing" in line for line in report.notes([result], shown, "cuda"))
+
+    shown["fa3"].flags, shown["varlen"].knows = {"FLASHATTENTION_DISABLE_LOCAL": True}, ("window_size", "enable_gqa")
+    results = [run.Result(c, {peer.name: run.Sampled([1.234e-3] * 3) for peer in all_peers
+                              if peer.concerns(c) and not peer.refuses(c)}, "ours")
+               for c in cases_cuda.select(extended=True)]
+    lines = report.plain(results, machine, shown).splitlines()
+    assert max(map(len, lines)) <= 120, max(lines, key=len)
+    assert len(lines) > len(results) and sum(line.startswith("case ") for line in lines) > 3
 
 
 @pytest.mark.skipif("cuda" not in devices(), reason="needs a GPU and a build with CUDA")

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from . import cases, cases_cuda, peers, peers_cuda, report, run, run_cuda
 PARTS = {"cpu": (cases, peers, run), "cuda": (cases_cuda, peers_cuda, run_cuda)}
 DEFAULT_SECONDS = 90.0
 QUICK_SECONDS = {"cpu": 10.0, "cuda": 20.0}
-WIDTH = {"cpu": 120, "cuda": 170}  # of the table where there is no terminal
+WIDTH = 120  # of text where there is no terminal; tables may be wider
 
 
 def _device(argv) -> str:
@@ -29,7 +30,7 @@ def parse_options(argv) -> argparse.Namespace:
     device = _device(argv)
     what, who, _ = PARTS[device]
     known = [peer.name for peer in who.all_peers()]
-    reserved = {"cpu": "flex", "cuda": "flex where there is another"}[device]
+    on_request = {"cpu": "but flex", "cuda": "flex for the options only"}[device]
     parser = argparse.ArgumentParser(
         prog="python -m flashattn_ext.bench",
         description="Compares attention implementations on this machine: interleaved rounds in one process, medians "
@@ -42,7 +43,7 @@ def parse_options(argv) -> argparse.Namespace:
                                          "HQ32HK8SQ1SK4096D128")
     parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(cases.DTYPES)} (default: those of each op)")
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(known)}, or all; the first is the one the "
-                                        f"others are compared with (default: all that are installed, but {reserved})")
+                                        f"others are compared with (default: all that are installed, {on_request})")
     parser.add_argument("--threads", type=int, help="threads of each peer (default: torch's); of a CPU only")
     parser.add_argument("--rounds", type=int, default=9, help="most rounds of a case (default 9); at least 3 are taken")
     parser.add_argument("--seconds", type=float, help=f"aim for so long in total (default {DEFAULT_SECONDS:.0f}, "
@@ -90,8 +91,7 @@ def choose_peers(names: list[str] | None, device: str = "cpu") -> tuple[list[pee
         if names is None and not peer.default:
             left_out.append(f"{peer.label} is timed only on request: --peers all")
             continue
-        if names is not None:
-            peer.reserve = False
+        peer.asked = names is not None
         reason = peer.missing()
         if reason is None:
             chosen.append(peer)
@@ -140,16 +140,19 @@ def show(results, ceilings, found, timed, left_out, device) -> None:
     trailer = [*report.notes(results, timed, device), *left_out]
     try:
         from rich.console import Console
+
+        console = Console()
     except ImportError:
+        console = None
+    if console is None or not console.is_terminal:
+        lines, trailer = ([textwrap.fill(line, WIDTH) for line in part] for part in (lines, trailer))
         print("\n".join([*lines, "", report.plain(results, ceilings, timed), "", *trailer]))
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH[device])
     for line in lines:
         console.print(line, markup=False, highlight=False)
-    console.print()
-    console.print(report.rich_table(results, ceilings, timed))
+    for table in report.rich_tables(results, ceilings, timed):
+        console.print()
+        console.print(table)
     console.print()
     for line in trailer:
         console.print(line, markup=False, highlight=False, style="dim")

@@ -89,7 +89,7 @@ class Case:
             kind = "full"
         if self.op in CACHE_OPS:
             kind = f"page{self.page}" if self.page else self.stored
-        kind += "+gradient" if self.mask_gradient else ""
+        kind += "+grad" if self.mask_gradient else ""
         return "_".join(part for part in (self.op, self.dtype, str(self.shape), kind) if part)
 
     @property

@@ -103,12 +103,14 @@ def _score_change(inputs: Inputs):
 
 
 class FlexCuda(Flex):
-    """On a GPU, unasked, only where no other peer takes the case."""
+    """On a GPU, unasked, only for the options, which few others have."""
 
     label = "Flex"
     column = "x Flex"
     default = True
-    reserve = True
+
+    def concerns(self, case: Case) -> bool:
+        return self.asked or bool(case.option)
 
     def refuses(self, case: Case) -> str | None:
         if case.host or case.op in CACHE_OPS:

@@ -26,7 +26,7 @@ class Peer:
     label = ""
     column = ""  # head of the column with the ratio to this peer, if the table has one
     default = True  # timed unless --peers says otherwise
-    reserve = False  # unless --peers says otherwise, timed only where no other peer takes the case
+    asked = False   # --peers names it
 
     def missing(self) -> str | None:
         return None

@@ -49,9 +49,9 @@ class OwnCuda(Own):
 class Backend(TorchPeer):
     """One of the backends among which torch's SDPA chooses."""
 
-    def __init__(self, name: str, label: str, backend: SDPBackend, cannot: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, label: str, column: str, backend: SDPBackend, cannot: tuple[str, ...]) -> None:
         """cannot: of "f32", "mask", "gqa" and "dv" what it lacks."""
-        self.name, self.label, self.column = name, label, f"x {label}"
+        self.name, self.label, self.column = name, label, column
         self.backend, self.cannot = backend, cannot
 
     def concerns(self, case: Case) -> bool:
@@ -209,7 +209,7 @@ class FlashAttention3(TorchPeer):
 def all_peers() -> list[Peer]:
     """Every adapter; the first that runs is the one the others are compared with."""
     return [OursCuda(), TorchChoice(), OwnCuda(),
-            Backend("cudnn", "cuDNN", SDPBackend.CUDNN_ATTENTION, ("f32",)),
-            Backend("fa2", "FA2", SDPBackend.FLASH_ATTENTION, ("f32", "mask", "dv")),
-            Backend("efficient", "efficient", SDPBackend.EFFICIENT_ATTENTION, ("gqa",)),
+            Backend("cudnn", "cuDNN", "x cuDNN", SDPBackend.CUDNN_ATTENTION, ("f32",)),
+            Backend("fa2", "FA2", "x FA2", SDPBackend.FLASH_ATTENTION, ("f32", "mask", "dv")),
+            Backend("efficient", "efficient", "x eff", SDPBackend.EFFICIENT_ATTENTION, ("gqa",)),
             TorchVarlen(), FlashAttention3(), FlexCuda()]

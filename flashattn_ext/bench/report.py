@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import os
 import platform
 import sys
@@ -15,6 +16,7 @@ from .run import Result, cache_bytes, quartiles
 FLAGS = ("fma", "f16c", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16",
          "asimd", "bf16")
 FIRST_COLUMNS, LAST_COLUMNS = ("case", "ms", "+-", "rate", "of ceiling"), ("x best", "best other")
+FEW_RATIOS = 2  # columns of ratios; with more of them a table is cut where other peers were timed
 LARGE_RATE = 1e4  # from which GFLOP/s and GB/s are shown as TFLOP/s and TB/s
 MARKERS = "os^DvP*X"
 
@@ -101,7 +103,7 @@ def rate(result: Result, ceilings: Ceilings) -> tuple[float, str, float | None]:
 def _rate_text(figure: float, unit: str) -> str:
     if figure >= LARGE_RATE:
         figure, unit = figure / 1e3, unit.replace("G", "T", 1)
-    return f"{figure:.3g} {unit}"
+    return f"{figure:.0f} {unit}" if figure >= 100 else f"{figure:.3g} {unit}"
 
 
 def columns(results: list[Result], peers: dict[str, Peer]) -> dict[str, str]:
@@ -115,10 +117,6 @@ def _times(ratios: list[float] | None) -> str:
         return "-"
     middle = quartiles(ratios)[1]
     return f"{middle:.2f}" if middle < 10 else f"{middle:.1f}"
-
-
-def heads(results: list[Result], peers: dict[str, Peer]) -> list[str]:
-    return [*FIRST_COLUMNS, *columns(results, peers).values(), *LAST_COLUMNS]
 
 
 def row(result: Result, ceilings: Ceilings, peers: dict[str, Peer], ratios) -> list[str]:
@@ -174,29 +172,47 @@ def notes(results: list[Result], peers: dict[str, Peer], device: str = "cpu") ->
     return lines
 
 
-def _table(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> tuple[list[str], list[list[str]]]:
-    ratios = columns(results, peers)
-    return heads(results, peers), [row(result, ceilings, peers, ratios) for result in results]
+def _tables(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> list[tuple]:
+    """(results, head, rows) of each table."""
+    parts = [results]
+    if len(columns(results, peers)) > FEW_RATIOS:
+        ops = [list(group) for _, group in itertools.groupby(results, lambda result: result.case.op)]
+        alike = itertools.groupby(ops, lambda group: columns(group, peers))
+        parts = [list(itertools.chain(*groups)) for _, groups in alike]
+    tables = []
+    for part in parts:
+        ratios = columns(part, peers)
+        head = [*FIRST_COLUMNS, *ratios.values(), *LAST_COLUMNS]
+        tables.append((part, head, [row(result, ceilings, peers, ratios) for result in part]))
+    return tables
 
 
 def markdown(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> str:
-    head, rows = _table(results, ceilings, peers)
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n"
+    texts = []
+    for _, head, rows in _tables(results, ceilings, peers):
+        lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
+        texts.append("\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n")
+    return "\n".join(texts)
 
 
 def plain(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> str:
-    """The table in plain text, for terminals without rich."""
-    head, rows = _table(results, ceilings, peers)
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in [head, *rows])
+    """The tables in plain text."""
+    texts = []
+    for _, head, rows in _tables(results, ceilings, peers):
+        widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+        texts.append("\n".join("  ".join(cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
+                                         for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+                               for line in [head, *rows]))
+    return "\n\n".join(texts)
 
 
-def rich_table(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]):
+def rich_tables(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> list:
+    return [_rich_table(*parts) for parts in _tables(results, ceilings, peers)]
+
+
+def _rich_table(results: list[Result], head: list[str], rows: list[list[str]]):
     from rich.table import Table
 
-    head, rows = _table(results, ceilings, peers)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(head):
         table.add_column(column, justify="left" if i in (0, len(head) - 1) else "right", no_wrap=True)

@@ -106,13 +106,11 @@ def _measured(case: Case, peers: list[Peer], rounds: int, deadline: float, seed:
 
 
 def _prepared(case: Case, peers: list[Peer], inputs: list[Inputs], result: Result) -> list[Turn]:
-    """The turns of the peers that can be timed; of those in reserve only if there are no others."""
+    """The turns of the peers that can be timed."""
     reference = Reference(case, inputs[0])
     kind = GraphTurn if case.bound == "memory" else Turn
     turns = []
-    for peer in sorted(peers, key=lambda peer: peer.reserve):
-        if peer.reserve and len(turns) > 1:
-            break
+    for peer in peers:
         sampled = result.peers[peer.name] = Sampled()
         turn = run.prepare(peer, case, inputs, reference, sampled, peer is peers[0], math.inf, kind)
         if turn is not None:
