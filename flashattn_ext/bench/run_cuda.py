@@ -1,7 +1,7 @@
 """The measurement on a GPU: by the device's own clock, or for the cases of the host until a call returns.
 
 A round queues one sample of every peer, in random order, while the device is kept busy; so it then runs them one after
-the other without waiting for the host. The order of what is reported is run.py's: medians of rounds, ratios within one.
+the other without waiting for the host. Reported is what run.py reports: medians over the rounds, ratios within a round.
 """
 
 import math
