@@ -36,6 +36,7 @@ def test_default_cases_have_the_stated_sizes():
         (d, s, causal) for d in (64, 128, 256) for s in (512, 4096, 16384) for causal in (False, True)}
     packed = next(case for case in chosen if case.op == "varlen")
     assert len(packed.lengths) == 32 and max(packed.lengths) == 4096 and min(packed.lengths) == 64
+    assert {case.op for case in cases_cuda.select(quick=True)} == set(cases_cuda.QUICK_OPS)
     assert len(cases_cuda.select(quick=True)) < len(chosen) < len(cases_cuda.select(extended=True))
 
 

@@ -9,7 +9,7 @@ from .cases import DROPOUT_P, PAGE, STORED, Case, Shape
 OPS = ("fwd", "bwd", "mask", "mask_bwd", "option", "dropout", "dropout_bwd", "gqa", "dv", "varlen", "decode", "paged",
        "quant", "multi", "host", "host_grad")
 OPTIONS = ("softcap", "sinks", "alibi", "window", "lengths")
-QUICK_OPTIONS = ("softcap", "alibi", "window")
+QUICK_OPS = tuple(op for op in OPS if op not in ("option", "dropout_bwd"))  # peers of those take longest to get ready
 TOKENS, WIDTH = 16384, 2048
 SHORTEST = 64  # packed sequences have lengths from S / 64 to S
 NEW_TOKENS = 4
@@ -55,13 +55,13 @@ _EXTENDED = {
 }
 _QUICK = {**_DEFAULT, "fwd": [("bf16", _cells((512, 4096), (128,)))], "bwd": [("bf16", (_D128,))],
           "mask": [("bf16", (_D128,))], "option": [("bf16", (_D128,))], "dropout": [("bf16", (_D128,))],
-          "decode": [("bf16", _DECODE[1:6:4])]}
+          "decode": [("bf16", (_DECODE[1], *_CACHE))]}
 
 
 def select(ops=None, shapes=None, dtypes=None, quick: bool = False, extended: bool = False) -> list[Case]:
     """The cases to run; the arguments are those of cases.select."""
     chosen = []
-    for op in ops or OPS:
+    for op in ops or (QUICK_OPS if quick else OPS):
         cells = (_QUICK if quick else _DEFAULT)[op] + (_EXTENDED.get(op, []) if extended else [])
         pairs = [(dtype, Shape.parse(text)) for dtype, texts in cells for text in texts]
         if shapes or dtypes:
@@ -69,11 +69,11 @@ def select(ops=None, shapes=None, dtypes=None, quick: bool = False, extended: bo
             kinds = dtypes or list(dict.fromkeys(dtype for dtype, _ in pairs))
             pairs = [(dtype, shape) for dtype in kinds for shape in sizes]
         for dtype, shape in pairs:
-            chosen += _variants(Case(op, shape, dtype), quick)
+            chosen += _variants(Case(op, shape, dtype))
     return chosen
 
 
-def _variants(base: Case, quick: bool) -> list[Case]:
+def _variants(base: Case) -> list[Case]:
     replace = dataclasses.replace
     if base.op in ("fwd", "bwd"):
         return [base, replace(base, causal=True)]
@@ -84,8 +84,7 @@ def _variants(base: Case, quick: bool) -> list[Case]:
                 replace(base, mask="head-bias", mask_gradient=True),
                 replace(base, mask="batch-bias", mask_gradient=True)]
     if base.op == "option":
-        return [replace(base, option=option, causal=option == "window")
-                for option in (QUICK_OPTIONS if quick else OPTIONS)]
+        return [replace(base, option=option, causal=option == "window") for option in OPTIONS]
     if base.op in ("dropout", "dropout_bwd"):
         return [replace(base, dropout=DROPOUT_P)]
     if base.op in ("gqa", "dv"):

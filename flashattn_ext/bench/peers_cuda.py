@@ -1,4 +1,4 @@
-"""Who is measured on a GPU: torch's backends one by one, packed sequences of torch, fa3-fwd, FlexAttention."""
+"""Who is measured on a GPU: torch's backends one by one, its packed sequences, fa3-fwd, FlexAttention."""
 
 import functools
 import importlib
@@ -50,7 +50,7 @@ class Backend(TorchPeer):
     """One of the backends among which torch's SDPA chooses."""
 
     def __init__(self, name: str, label: str, column: str, backend: SDPBackend, cannot: tuple[str, ...]) -> None:
-        """cannot: of "f32", "mask", "gqa" and "dv" what it lacks."""
+        """cannot: of the names in refuses what it lacks."""
         self.name, self.label, self.column = name, label, column
         self.backend, self.cannot = backend, cannot
 
@@ -58,10 +58,10 @@ class Backend(TorchPeer):
         return not (case.host or case.lengths or case.option)
 
     def refuses(self, case: Case) -> str | None:
-        asks = {"f32": case.dtype == "f32", "mask": bool(case.mask), "gqa": case.shape.HQ != case.shape.HK,
-                "dv": case.shape.D != case.shape.DV}
-        lacks = {"f32": "no float32", "mask": "no masks", "gqa": "as many key as query heads only",
-                 "dv": "DV must be D"}
+        asks = {"f32": case.dtype == "f32", "mask": bool(case.mask), "grad": case.mask_gradient,
+                "gqa": case.shape.HQ != case.shape.HK, "dv": case.shape.D != case.shape.DV}
+        lacks = {"f32": "no float32", "mask": "no masks", "grad": "no gradient of a bias",
+                 "gqa": "as many key as query heads only", "dv": "DV must be D"}
         return next((lacks[what] for what in self.cannot if asks[what]), None)
 
     def call(self, inputs: Inputs):
@@ -209,7 +209,7 @@ class FlashAttention3(TorchPeer):
 def all_peers() -> list[Peer]:
     """Every adapter; the first that runs is the one the others are compared with."""
     return [OursCuda(), TorchChoice(), OwnCuda(),
-            Backend("cudnn", "cuDNN", "x cuDNN", SDPBackend.CUDNN_ATTENTION, ("f32",)),
+            Backend("cudnn", "cuDNN", "x cuDNN", SDPBackend.CUDNN_ATTENTION, ("f32", "grad")),
             Backend("fa2", "FA2", "x FA2", SDPBackend.FLASH_ATTENTION, ("f32", "mask", "dv")),
             Backend("efficient", "efficient", "x eff", SDPBackend.EFFICIENT_ATTENTION, ("gqa",)),
             TorchVarlen(), FlashAttention3(), FlexCuda()]
