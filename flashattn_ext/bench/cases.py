@@ -1,5 +1,5 @@
-"""What is measured: attention problems by shape, dtype and mask, and the random inputs of each. The lists at the end are
-those of a CPU; cases_cuda.py has a GPU's.
+"""What is measured: attention problems by shape, dtype and mask, and the random inputs of each. The lists at the end
+are those of a CPU; cases_cuda.py has a GPU's.
 
 Scalars are named as in the whole project: B batch, HQ and HK query and key/value heads, SQ and SK queries and keys,
 D head dimension of query and key, DV of value and output.

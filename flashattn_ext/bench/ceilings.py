@@ -33,7 +33,7 @@ class Ceilings:
         return None
 
     def best(self, other: "Ceilings") -> "Ceilings":
-        """The higher of two measurements, figure by figure: the clock moves, and a ceiling is the most that was seen."""
+        """The higher of two measurements, figure by figure: the clock moves, a ceiling is the most that was seen."""
         names = ("fma_gflops", "dot_bf16_gflops", "read_gbs")
         return dataclasses.replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in names})
 

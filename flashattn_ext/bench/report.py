@@ -77,11 +77,12 @@ def describe(found: dict, machine_ceilings: Ceilings) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in {"torch": found["torch"], **others}.items())
     gpu = found["device"]
     if gpu:
-        return [f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory'] / 2**30:.0f} GiB; {found['cpu']}",
-                f"{versions}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}", machine_ceilings.describe()]
+        size = f"{gpu['multiprocessors']} multiprocessors, {gpu['memory'] / 2**30:.0f} GiB"
+        return [f"{gpu['name']}, {size}; {found['cpu']}", f"{versions}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}",
+                machine_ceilings.describe()]
     limit = f"; FLASHATTN_EXT_ISA={found['isa_limit']}" if found["isa_limit"] else ""
-    return [f"{found['cpu']}, {found['threads']} of {found['processors']} processors; {' '.join(found['flags'])}{limit}",
-            versions, machine_ceilings.describe()]
+    processors = f"{found['threads']} of {found['processors']} processors"
+    return [f"{found['cpu']}, {processors}; {' '.join(found['flags'])}{limit}", versions, machine_ceilings.describe()]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
