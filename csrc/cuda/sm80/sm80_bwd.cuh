@@ -277,6 +277,22 @@ template <class C> __device__ __forceinline__ bool fa_bwd_is_narrow(int64_t d, i
     return d - c0 <= fa_fewer<typename C::T>(C::DA);
 }
 
+/* The same for a slice, over all of them, where w and the sums lie in the lane's local memory. */
+template <class C>
+__device__ __forceinline__ void fa_bwd_add_slowly(typename fa_bwd_slice<C>::sums &sums,
+                                                  typename fa_bwd_slice<C>::product &w,
+                                                  const fa_bwd_tiles<fa_bwd_slice<C>> &sh, int which, int c0)
+{
+    using T = typename C::T;
+    const uint32_t tile = fa_lane_kn<T, C::LDB>(ptx_shared(sh.column(0, which)) + c0 * (int)sizeof(T));
+    typename fa_bwd_slice<C>::sums acc;
+    fa_copy(acc, sums);
+#pragma unroll 1
+    for (int n = 0; n < C::NT / 2; n++)
+        fa_product_kn<typename C::P, C::LDB>(acc, fa_four_columns(w, n), tile + n * 16 * C::LDB, false);
+    fa_copy(sums, acc);
+}
+
 /* index of row i of head h in lse2 and delta */
 __device__ __forceinline__ int64_t fa_bwd_row_at(const fa_sm80_params &p, const fa_seq *s, int64_t h)
 {
@@ -476,15 +492,10 @@ __device__ __noinline__ static void fa_bwd_sum_keys_slowly(typename fa_bwd_slice
 #pragma unroll 1
             for (int m = 0; m < C::MT; m++) {
                 typename S::product s, ds;
-                typename S::sums sum;
                 fa_bwd_weights_slowly<C>(s, ds, sh, m, head, fa_bwd_rows<1>(), i0,
                                          i0 < w.full_lo || i0 + C::CN > w.full_hi);
-                fa_copy(sum, dv[m]);
-                fa_bwd_add<S>(sum, s, sh, 0, 1, w.c0, false);
-                fa_copy(dv[m], sum);
-                fa_copy(sum, dk[m]);
-                fa_bwd_add<S>(sum, ds, sh, 0, 0, w.c0, false);
-                fa_copy(dk[m], sum);
+                fa_bwd_add_slowly<C>(dv[m], s, sh, 1, w.c0);
+                fa_bwd_add_slowly<C>(dk[m], ds, sh, 0, w.c0);
             }
             __syncthreads();
         }
@@ -702,14 +713,8 @@ __device__ __noinline__ static void fa_bwd_sum_queries_slowly(typename fa_bwd_sl
             __syncthreads();
         }
 #pragma unroll 1
-        for (int m = 0; m < C::MT; m++) {
-            typename S::product one;
-            typename S::sums sum;
-            fa_copy(one, ds[m]);
-            fa_copy(sum, dq[m]);
-            fa_bwd_add<S>(sum, one, sh, 0, 0, w.c0, false);
-            fa_copy(dq[m], sum);
-        }
+        for (int m = 0; m < C::MT; m++)
+            fa_bwd_add_slowly<C>(dq[m], ds[m], sh, 0, w.c0);
         __syncthreads();
     }
 }

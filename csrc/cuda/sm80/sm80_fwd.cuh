@@ -322,10 +322,11 @@ __device__ __noinline__ static void fa_fwd_keys_slowly(fa_fwd_slice<C> (&r)[C::M
         }
 #pragma unroll 1
         for (int m = 0; m < C::MT; m++) {
-            float s[1][C::NT][4], acc[1][C::NA][4];
-            fa_copy(s, scores[m]);
+            float acc[1][C::NA][4];
             fa_copy(acc, r[m].acc);
-            fa_product_kn<typename C::P, C::LDVB>(acc, s, v, false);
+#pragma unroll 1
+            for (int n = 0; n < C::NT / 2; n++)
+                fa_product_kn<typename C::P, C::LDVB>(acc, fa_four_columns(scores[m], n), v + n * 16 * C::LDVB, false);
             fa_copy(r[m].acc, acc);
         }
         __syncthreads();
