@@ -4,9 +4,10 @@
  *
  * No two blocks add to the same element, so that the bits do not depend on who comes first: one kernel has a tile of
  * keys and runs over the queries of all heads of the group (dK, dV), another has a tile of queries and runs over the
- * keys (dQ), a third has a tile of a float mask's gradient and runs over all scores that the mask took part in. All
- * three compute P and dS of a tile in the same way; which of queries and keys are its rows is the constant KEYS. A warp
- * has 16 or 32 rows, so that P and dS go from the results of one product to the left operand of the next in registers.
+ * keys (dQ), a third has a tile of a float mask's gradient and runs over all scores that the mask took part in
+ * (sm80_dmask.cuh). All three compute P and dS of a tile in the same way; which of queries and keys are its rows is
+ * the constant KEYS. A warp has 16 or 32 rows, so that P and dS go from the results of one product to the left operand
+ * of the next in registers.
  *
  *   block's own        streamed           results
  *   K, V (rows)        Q, dO (columns)    dV += P dO, dK += dS Q
@@ -18,7 +19,7 @@
  *   other lanes                 [ P, dS ]                                 [ P, dS ]
  *
  * A hidden pair has P = 0 and dS = 0 times what may be NaN. So sums that hold NaN are computed again with care, and as
- * slowly as operands that are no vectors: SLOW. */
+ * slowly as operands that are no vectors. Both ways end in the same code. */
 #ifndef FA_SM80_BWD_CUH
 #define FA_SM80_BWD_CUH
 
@@ -394,7 +395,8 @@ template <class C> struct fa_bwd_query_source {
 /* Queries i0 .. into a stage; slowly: those that see nothing are not read. */
 template <class C>
 __device__ __forceinline__ void fa_bwd_load_queries(const fa_bwd_tiles<C> &sh, int stage, const fa_sm80_params &p,
-                                                    const fa_seq *seq, const fa_bwd_query_source<C> &from, int i0, bool slowly)
+                                                    const fa_seq *seq, const fa_bwd_query_source<C> &from, int i0,
+                                                    bool slowly)
 {
     const int q_len = (int)seq->span.q_len, x = threadIdx.x % C::CN, i = i0 + x;
     fa_load_rows q = fa_rows_q(&p.a, seq, &p.a.q, from.h, p.vectors & FA_VEC_Q);
@@ -751,145 +753,6 @@ __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_queries(const __grid_c
     const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
     fa_bwd_store<C>(sh, &a->dq, dq, (float)a->scale, w.first, w.seq.q_rows, w.c0, p.vectors & FA_VEC_DQ,
                     [&](int64_t i) { return fa_q_at(&w.seq, &a->dq, w.h, i); });
-}
-
-/* ---- the gradient of a mask -------------------------------------------------------------------------------------- */
-
-/* Sums the results of all lanes that share a column of the mask's gradient, or a row of it, or all; what is summed lies
- * in sSum [RM][CN] and is added in the order of its index. */
-template <class C>
-__device__ static void fa_dmask_store(const fa_args *a, const typename C::product &sum, float *sSum, int64_t mb,
-                                      int64_t mh, int64_t i0, int64_t j0, bool all_i, bool all_j)
-{
-    const fa_tensor *m = &a->dmask;
-    const int lane = threadIdx.x % 32;
-    __syncthreads();
-#pragma unroll
-    for (int x = 0; x < 2 * C::MT; x++)
-#pragma unroll
-        for (int y = 0; y < 2 * C::NT; y++)
-            sSum[(threadIdx.x / 32 * 16 * C::MT + lane / 4 + 8 * x) * C::CN + lane % 4 * (C::CN / 4) + y] =
-                sum[x / 2][y / 2][x % 2 * 2 + y % 2];
-    __syncthreads();
-    const int rows = all_i ? C::RM : 1, cols = all_j ? C::CN : 1;
-    for (int x = threadIdx.x; x < C::RM / rows * (C::CN / cols); x += C::THREADS) {
-        const int r = x / (C::CN / cols), c = x % (C::CN / cols);
-        float total = 0;
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < cols; j++)
-                total += sSum[(r * rows + i) * C::CN + c * cols + j];
-        const int64_t mi = all_i ? 0 : i0 + r, mj = all_j ? j0 : j0 + c;
-        if (mi >= m->size[2] || mj >= m->size[3])
-            continue;
-        const int64_t at = mb * m->stride[0] + mh * m->stride[1] + mi * m->stride[2] + mj * m->stride[3];
-        if (m->dtype == FA_F32)
-            ((float *)m->data)[at] = total;
-        else
-            ((typename C::T *)m->data)[at] = fa_from<typename C::T>(total);
-    }
-}
-
-/* An element of the mask stands for itself along a dimension, or where the mask is broadcast for all. */
-__device__ __forceinline__ fa_range fa_extent(int64_t mask_size, int64_t full, int64_t first, int64_t count)
-{
-    return mask_size == full ? fa_range{first, fa_min64(first + count, full)} : fa_range{0, full};
-}
-
-/* What a block of the mask's gradient sums: block = ((mb * H + mh) * row tiles + row tile) * groups of column tiles +
- * group, in the mask's own sizes; not packed. */
-struct fa_dmask_work {
-    int64_t mb, mh, mi, mj;
-    fa_range bs, hs, is, js; /* batches, heads, queries, keys */
-};
-
-template <class C> __device__ static fa_dmask_work fa_dmask_work_of(const fa_args *a)
-{
-    fa_dmask_work w;
-    const int64_t *size = a->mask.size;
-    constexpr int COLUMNS = FA_DMASK_TILES * C::CN;
-    const int64_t col_tiles = fa_ceil_div(size[3], COLUMNS), row_tiles = fa_ceil_div(size[2], C::RM);
-    int64_t id = blockIdx.x;
-    w.mj = id % col_tiles * COLUMNS, w.mi = id / col_tiles % row_tiles * C::RM;
-    id /= col_tiles * row_tiles;
-    w.mh = id % size[1], w.mb = id / size[1];
-    w.bs = fa_extent(size[0], a->q.size[0], w.mb, 1);
-    w.hs = fa_extent(size[1], a->q.size[1], w.mh, 1);
-    w.is = fa_extent(size[2], a->q.size[2], w.mi, C::RM);
-    w.js = fa_extent(size[3], a->k.size[2], w.mj, COLUMNS);
-    return w;
-}
-
-/* Adds dS of the keys js of one head and tile of queries; sum: of FA_DMASK_TILES tiles of keys, or where the mask is
- * broadcast along them, the first of all. */
-template <class C>
-__device__ __forceinline__ void fa_dmask_add(typename C::product (&sum)[FA_DMASK_TILES], const fa_sm80_params &p,
-                                             const fa_seq *seq, int64_t h, int64_t i0, fa_range js,
-                                             const fa_bwd_tiles<C> &sh)
-{
-    const fa_args *a = &p.a;
-    constexpr int NEXT = C::STAGES - 1;
-    const fa_range keys = fa_keys_of_queries(&seq->span, i0, fa_min64(i0 + C::RM, seq->span.q_len) - 1);
-    const int lo = (int)(fa_max64(js.lo, keys.lo) / C::CN * C::CN), hi = (int)fa_min64(js.hi, keys.hi);
-    const bool broadcast = a->mask.size[3] != a->k.size[2];
-    const int vectors = FA_VEC_K | FA_VEC_V;
-    const bool slowly = (p.vectors & vectors) != vectors;
-    if (lo >= hi)
-        return;
-    const fa_bwd_key_source<C> from(a, seq, h / (a->q.size[1] / a->k.size[1]));
-    fa_bwd_load_own_queries<C, false>(sh, p, seq, h, i0);
-    const fa_bwd_head head = fa_bwd_head_of<C>(p, seq, h, (int)i0);
-    const fa_bwd_rows<C::MT> rows = fa_bwd_rows_at<C::MT>(p, seq, h, head.f.row);
-    int stage = 0;
-    if (NEXT)
-        fa_bwd_load_keys(sh, 0, p, seq, from, lo, slowly);
-#pragma unroll 1
-    for (int j0 = lo; j0 < hi; j0 += C::CN) {
-        fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask(), head.f, p.mask_width, j0);
-        ptx_cp_async_commit();
-        if (!NEXT)
-            fa_bwd_load_keys(sh, 0, p, seq, from, j0, slowly);
-        else if (j0 + C::CN < hi)
-            fa_bwd_load_keys(sh, stage ^ 1, p, seq, from, j0 + C::CN, slowly);
-        else
-            ptx_cp_async_commit();
-        ptx_cp_async_wait<NEXT>();
-        __syncthreads();
-        const bool edges = !fa_all_visible(&seq->span, i0, i0 + C::RM - 1, j0, j0 + C::CN - 1);
-        typename C::product s, ds;
-        fa_bwd_weights<C, false, true>(s, ds, sh, stage, head, rows, j0, edges);
-        const int tile = broadcast ? 0 : (j0 - (int)js.lo) / C::CN;
-#pragma unroll
-        for (int y = 0; y < FA_DMASK_TILES; y++)
-            if (y == tile)
-                fa_add(sum[y], ds);
-        __syncthreads();
-        stage ^= NEXT;
-    }
-    ptx_cp_async_wait<0>();
-    __syncthreads();
-}
-
-template <class C>
-__global__ void __launch_bounds__(C::THREADS) fa_dmask_sm80(const __grid_constant__ fa_sm80_params p)
-{
-    extern __shared__ __align__(16) char smem[];
-    const fa_bwd_tiles<C> sh{smem};
-    const fa_args *a = &p.a;
-    const fa_dmask_work w = fa_dmask_work_of<C>(a);
-    typename C::product sum[FA_DMASK_TILES];
-#pragma unroll
-    for (int y = 0; y < FA_DMASK_TILES; y++)
-        fa_zero(sum[y]);
-    for (int64_t b = w.bs.lo; b < w.bs.hi; b++) {
-        const fa_seq seq = fa_seq_at(a, b);
-        for (int64_t h = w.hs.lo; h < w.hs.hi; h++)
-            for (int64_t i0 = w.is.lo; i0 < fa_min64(w.is.hi, seq.span.q_len); i0 += C::RM)
-                fa_dmask_add<C>(sum, p, &seq, h, i0, w.js, sh);
-    }
-#pragma unroll
-    for (int y = 0; y < FA_DMASK_TILES; y++)
-        fa_dmask_store<C>(a, sum[y], (float *)smem, w.mb, w.mh, w.mi, w.mj + y * C::CN,
-                          a->mask.size[2] != a->q.size[2], a->mask.size[3] != a->k.size[2]);
 }
 
 #endif

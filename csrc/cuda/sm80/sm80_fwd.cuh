@@ -222,9 +222,10 @@ __device__ __forceinline__ void fa_fwd_load_slowly(typename C::T *sTile, fa_load
                 rows.keys);
 }
 
+/* Products to scores, and what dropout does to weights: four columns of a lane at a time. */
 template <class C>
-__device__ __forceinline__ void fa_fwd_score_slowly(fa_fwd_scores<C> &s, fa_sm80_scores f, const fa_sm80_params &p,
-                                                    char *sMask, int k0, bool edges)
+__device__ __forceinline__ void fa_fwd_score_slowly(fa_fwd_scores<C> &s, fa_sm80_scores f, char *sMask, int k0,
+                                                    bool edges)
 {
 #pragma unroll 1
     for (int n = 0; n < C::NT / 2; n++, f.column += 4) {
@@ -241,6 +242,34 @@ __device__ __forceinline__ void fa_fwd_drop_slowly(fa_fwd_scores<C> &w, fa_sm80_
 #pragma unroll 1
     for (int n = 0; n < C::NT / 2; n++, f.column += 4)
         fa_drop_weights(fa_four_columns(w, n), f, k0);
+}
+
+/* The weights of a slice, of which f knows the first row and q is the left operand. */
+template <class C>
+__device__ __forceinline__ void fa_fwd_weights_slowly(fa_fwd_scores<C> &w, fa_fwd_slice<C> &r, const fa_sm80_scores &f,
+                                                      uint32_t q, uint32_t k, char *sMask, int k0, bool edges)
+{
+    float s[1][C::NT][4] = {};
+    fa_nk<typename C::P, C::DP, 1, C::NT>::run(s, q, k, false);
+    fa_copy(w, s);
+    fa_fwd_score_slowly<C>(w, f, sMask, k0, edges);
+    fa_copy(s, w);
+    fa_fwd_softmax(s, r, f.c);
+    fa_copy(w, s);
+    if (C::MOD && f.p.dropout)
+        fa_fwd_drop_slowly<C>(w, f, k0);
+}
+
+/* O += P V of a slice */
+template <class C>
+__device__ __forceinline__ void fa_fwd_add_slowly(fa_fwd_slice<C> &r, fa_fwd_scores<C> &w, uint32_t v)
+{
+    float acc[1][C::NA][4];
+    fa_copy(acc, r.acc);
+#pragma unroll 1
+    for (int n = 0; n < C::NT / 2; n++)
+        fa_product_kn<typename C::P, C::LDVB>(acc, fa_four_columns(w, n), v + n * 16 * C::LDVB, false);
+    fa_copy(r.acc, acc);
 }
 
 /* Rows of V that hold NaN or infinity go one by one to the queries that give them a weight. */
@@ -267,14 +296,13 @@ __device__ static void fa_fwd_add_wild(fa_fwd_slice<C> &r, const fa_fwd_scores<C
     }
 }
 
-/* All keys of the block with any strides and dtypes, and where hidden keys may hold NaN. Not inlined, and short rather
- * than fast: a tile is worked on when all of it is there, a slice of the warp's rows at a time; sums and weights of the
- * others lie in the lane's local memory. */
+/* All keys of the block with any strides and dtypes, and where hidden keys may hold NaN. Not inlined, so that it takes
+ * no registers from the fast way, and short, so that it compiles fast: a tile is worked on when all of it is there, a
+ * slice of the warp's rows at a time; sums and weights of all slices lie in the lane's local memory. */
 template <class C>
 __device__ __noinline__ static void fa_fwd_keys_slowly(fa_fwd_slice<C> (&r)[C::MT], const fa_sm80_params &p, char *smem)
 {
     using T = typename C::T;
-    using nk = fa_nk<typename C::P, C::DP, 1, C::NT>;
     const fa_args *a = &p.a;
     const fa_fwd_work w = fa_fwd_work_of<C>(p);
     const fa_fwd_tiles<C> sh(smem);
@@ -303,15 +331,8 @@ __device__ __noinline__ static void fa_fwd_keys_slowly(fa_fwd_slice<C> (&r)[C::M
         fa_sm80_scores fm = f;
 #pragma unroll 1
         for (int m = 0; m < C::MT; m++, fm.row += 16) {
-            float s[1][C::NT][4] = {};
-            nk::run(s, q + m * 16 * C::LDB, k, false);
-            fa_copy(scores[m], s);
-            fa_fwd_score_slowly<C>(scores[m], fm, p, sh.mask, k0, k0 < w.full_lo || k0 + C::BN > w.full_hi);
-            fa_copy(s, scores[m]);
-            fa_fwd_softmax(s, r[m], f.c);
-            fa_copy(scores[m], s);
-            if (C::MOD && f.p.dropout)
-                fa_fwd_drop_slowly<C>(scores[m], fm, k0);
+            fa_fwd_weights_slowly<C>(scores[m], r[m], fm, q + m * 16 * C::LDB, k, sh.mask, k0,
+                                     k0 < w.full_lo || k0 + C::BN > w.full_hi);
             if (wild)
                 fa_fwd_add_wild<C>(r[m], scores[m], sh.v, sWild);
         }
@@ -321,14 +342,8 @@ __device__ __noinline__ static void fa_fwd_keys_slowly(fa_fwd_slice<C> (&r)[C::M
             __syncthreads();
         }
 #pragma unroll 1
-        for (int m = 0; m < C::MT; m++) {
-            float acc[1][C::NA][4];
-            fa_copy(acc, r[m].acc);
-#pragma unroll 1
-            for (int n = 0; n < C::NT / 2; n++)
-                fa_product_kn<typename C::P, C::LDVB>(acc, fa_four_columns(scores[m], n), v + n * 16 * C::LDVB, false);
-            fa_copy(r[m].acc, acc);
-        }
+        for (int m = 0; m < C::MT; m++)
+            fa_fwd_add_slowly<C>(r[m], scores[m], v);
         __syncthreads();
     }
 #pragma unroll 1
@@ -353,7 +368,7 @@ __device__ __forceinline__ void fa_fwd_slowly(fa_fwd_rows<C::MT, C::NA> &r, cons
 }
 
 /* Hidden keys have weight 0, and 0 times NaN or infinity is NaN. So where a sum has become NaN all is done again, with
- * care for such values. */
+ * care for such values. Both ways end in the same code. */
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) fa_fwd_sm80_kernel(const __grid_constant__ fa_sm80_params p)
 {
