@@ -72,7 +72,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
         skipped = first_batch * heads
         kept = dropout_keep(seed, dropout_p, skipped + math.prod(batch) * heads, queries, keys)[skipped:]
         kept = kept.to(q.device).view(weights.shape)
-        weights = torch.where(kept, weights / (1.0 - dropout_p), 0.0) if dropout_p < 1.0 else weights * 0.0
+        weights = torch.where(kept, weights * dropout_factor(dropout_p), 0.0)
     out = _weighted_sum(weights, v, visible)
     if no_heads:
         out, lse = out.squeeze(-3), lse.squeeze(-2)
@@ -349,7 +349,7 @@ def _draw_seed():
 
 # ---- dropout: the same random numbers as csrc/common/fa_philox.h ----------------------------------------------------
 
-_ROUNDS = 10
+_ROUNDS = 7
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
@@ -358,20 +358,36 @@ _LOW = 0xFFFFFFFF
 def dropout_keep(seed, p, batch_heads, queries, keys):
     """Which weights dropout keeps: bool (batch_heads, SQ, SK) on the CPU; a function of (seed, b * HQ + h, i, j) only.
 
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): word j % 4 of the counter
-    (j / 4, i, b * HQ + h, 0) under the key `seed`, kept when at least p * 2^32.
+    Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) under the key `seed` gives 16 bits
+    to a weight, which is kept when they are at least p * 2^16. Counter (4 (j / 16) + j % 8 / 2, 8 (i / 16) + i % 8,
+    b * HQ + h, 0), word 2 (i / 8 % 2) + j / 8 % 2, its low half where j is even: eight weights of 16 x 16 share one.
     """
-    groups = (keys + 3) // 4
-    shape = (batch_heads, queries, groups)
-    c0 = torch.arange(groups).expand(shape)
-    c1 = torch.arange(queries).view(-1, 1).expand(shape)
-    c2 = (torch.arange(batch_heads) & _LOW).view(-1, 1, 1).expand(shape)
-    c3 = torch.zeros(shape, dtype=torch.int64)
+    columns, rows = -(-keys // 16), -(-queries // 16)
+    shape = (batch_heads, 8 * rows, 4 * columns)
+    words = _philox(seed, torch.arange(4 * columns).expand(shape), torch.arange(8 * rows).view(-1, 1).expand(shape),
+                    (torch.arange(batch_heads) & _LOW).view(-1, 1, 1).expand(shape))
+    bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
+    bits = bits.view(2, 2, batch_heads, rows, 8, columns, 4, 2)  # i / 8 % 2, j / 8 % 2, bh, i / 16, i % 8, j / 16, ...
+    bits = bits.permute(2, 3, 0, 4, 5, 1, 6, 7).reshape(batch_heads, 16 * rows, 16 * columns)
+    return bits[:, :queries, :keys] >= _threshold(p)
+
+
+def dropout_factor(p):
+    """What dropout multiplies a kept weight by: 1 / (1 - p) with p as it is in force, a multiple of 2^-16."""
+    return 65536 / (65536 - _threshold(p)) if p < 1.0 else 0.0
+
+
+def _threshold(p):
+    return min(max(int(p * 65536.0 + 0.5), 1), 65535) if p > 0.0 else 0
+
+
+def _philox(seed, c0, c1, c2):
+    """The four words of the counters (c0, c1, c2, 0), in the first dimension."""
+    c3 = torch.zeros_like(c0)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(_ROUNDS):
         # int64 products wrap around modulo 2^64, which keeps the bits of the unsigned product
         p0, p1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    words = torch.stack([c0, c1, c2, c3], dim=-1).view(batch_heads, queries, 4 * groups)[..., :keys]
-    return words >= min(int(p * 2.0**32 + 0.5), _LOW)
+    return torch.stack([c0, c1, c2, c3])

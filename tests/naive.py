@@ -77,7 +77,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     if dropout_p >= 1.0:
         weights = weights * 0
     elif dropout_p > 0.0:
-        weights = torch.where(keep, weights / (1 - dropout_p), torch.zeros_like(weights))
+        weights = torch.where(keep, weights * dropout_factor(dropout_p), torch.zeros_like(weights))
     return weights @ value, lse
 
 
@@ -85,25 +85,39 @@ PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 
 
-def philox(seed, counter):
-    """Philox4x32-10 of Salmon et al. 2011 on Python integers: four 32-bit words."""
+def philox(seed, counter, rounds=7):
+    """Philox4x32 of Salmon et al. 2011 on Python integers: four 32-bit words."""
     low = (1 << 32) - 1
     k0, k1 = seed & low, (seed >> 32) & low
     c0, c1, c2, c3 = counter
-    for _ in range(10):
+    for _ in range(rounds):
         p0, p1 = PHILOX_M0 * c0, PHILOX_M1 * c2
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & low, (p0 >> 32) ^ c3 ^ k1, p0 & low
         k0, k1 = (k0 + PHILOX_W0) & low, (k1 + PHILOX_W1) & low
     return c0, c1, c2, c3
 
 
+def dropout_probability(p):
+    """The probability in force, in 65536ths: the nearest to p, but dropout of some is never of none nor of all."""
+    return 0 if p == 0 else min(max(math.floor(p * 65536 + 0.5), 1), 65535)
+
+
+def dropout_factor(p):
+    return 1 / (1 - dropout_probability(p) / 65536)
+
+
 def dropout_keep(seed, p, B, HQ, SQ, SK):
-    """Bool (B, HQ, SQ, SK): the weights that dropout keeps under this seed, one Python evaluation for four keys."""
-    threshold = min(int(p * 2**32 + 0.5), 2**32 - 1)
+    """Bool (B, HQ, SQ, SK): the weights that dropout keeps under this seed, one by one."""
+    threshold = dropout_probability(p)
     seed &= (1 << 64) - 1
-    keep = torch.empty(B * HQ, SQ, SK, dtype=torch.bool)
-    for bh in range(B * HQ):
-        for i in range(SQ):
-            words = [w for c in range((SK + 3) // 4) for w in philox(seed, (c, i, bh, 0))]
-            keep[bh, i] = torch.tensor([w >= threshold for w in words[:SK]], dtype=torch.bool)
-    return keep.view(B, HQ, SQ, SK)
+    drawn = {}
+
+    def kept(bh, i, j):
+        counter = (j // 16 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, bh, 0)
+        if counter not in drawn:
+            drawn[counter] = philox(seed, counter)
+        word = drawn[counter][(2 if i % 16 >= 8 else 0) + (1 if j % 16 >= 8 else 0)]
+        return (word >> 16 if j % 2 else word & 0xFFFF) >= threshold
+
+    keep = [[[kept(bh, i, j) for j in range(SK)] for i in range(SQ)] for bh in range(B * HQ)]
+    return torch.tensor(keep, dtype=torch.bool).view(B, HQ, SQ, SK)

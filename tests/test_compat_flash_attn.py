@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import naive
 from flashattn_ext.compat import flash_attn
 from flashattn_ext.compat.flash_attn import bert_padding
 
@@ -230,7 +231,7 @@ def test_varlen_paged(options):
 
 
 def dropped(weights, p):
-    return weights.clamp(min=0) / (1 - p)
+    return weights.clamp(min=0) * naive.dropout_factor(p)
 
 
 @every_option

@@ -245,9 +245,13 @@ def test_packed_rows_on_hopper_are_right(arch, D, dtype):
 def test_options_have_kernels_of_their_own_on_hopper():
     for name, keys, options in (("cap", 300, dict(softcap=2.0)), ("dropout", 300, dict(dropout_p=0.1)),
                                 ("alibi", 300, dict(has_alibi=True)), ("bits", 320, dict(mask_dtype="bool")),
-                                ("mod", 300, dict(mask_dtype="bool")), ("mod", 300, dict(softcap=2.0, dropout_p=0.1))):
+                                ("mod", 300, dict(mask_dtype="bool")), ("mod", 300, dict(softcap=2.0, dropout_p=0.1)),
+                                ("mod", 300, dict(dropout_p=0.7))):
         plan = _C.plan("forward", "bfloat16", 2, 4, 2, 300, keys, 128, 128, threads=1, device=0, **options)
         assert plan["kernel"] == f"fa_fwd_sm90_bf16_hd128_{name}"
+    for name, options in (("dropout", dict(dropout_p=0.1)), ("mod", dict(dropout_p=0.7))):
+        plan = _C.plan("backward", "bfloat16", 2, 4, 2, 300, 300, 128, 128, threads=1, device=0, **options)
+        assert plan["kernel"] == f"fa_bwd_sm90_bf16_hd128_{name}"
 
 
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)

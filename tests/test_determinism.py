@@ -91,8 +91,8 @@ def test_a_sequence_does_not_depend_on_its_neighbours(SQ, options, dtype):
 @pytest.mark.parametrize("p", [0.001, 0.3, 0.999])
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
 def test_the_op_drops_what_philox_says(seed, p):
-    """The op with an explicit seed against Philox4x32-10 on Python integers."""
-    SQ, SK = 3, 131
+    """The op with an explicit seed against Philox4x32-7 on Python integers."""
+    SQ, SK = 27, 131
     zeros = torch.zeros(2, 2, SQ, 4), torch.zeros(2, 2, SK, 4), torch.eye(SK).expand(2, 2, SK, SK)
     seed_tensor = torch.tensor([seed], device="cpu")
     out, _ = torch.ops.flashattn_ext.forward(*zeros, None, None, None, None, None, seed_tensor, None, 0.0, -1,

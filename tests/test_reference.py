@@ -123,22 +123,53 @@ def test_results_are_float64_whatever_the_inputs():
     assert out.dtype == lse.dtype == torch.float64
 
 
-@pytest.mark.parametrize("key, counter, words", [
-    (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    (0xFFFFFFFFFFFFFFFF, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+
+
+@pytest.mark.parametrize("rounds, key, counter, words", [
+    (7, 0, (0, 0, 0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (7, 0xFFFFFFFFFFFFFFFF, (0xFFFFFFFF,) * 4, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (7, 0x299F31D0A4093822, PI, (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+    (10, 0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (10, 0xFFFFFFFFFFFFFFFF, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (10, 0x299F31D0A4093822, PI, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ])
-def test_philox_of_the_tests_gives_the_published_vectors(key, counter, words):
-    """Known answers of philox4x32-10 from the Random123 distribution."""
-    assert naive.philox(key, counter) == words
+def test_philox_of_the_tests_gives_the_published_vectors(rounds, key, counter, words):
+    """Known answers of philox4x32 from the Random123 distribution."""
+    assert naive.philox(key, counter, rounds) == words
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
 @pytest.mark.parametrize("p", [0.0001, 0.25, 0.999])
 def test_dropout_mask_of_the_reference(seed, p):
-    want = naive.dropout_keep(seed, p, 2, 3, 5, 11)
-    assert torch.equal(fa.reference.dropout_keep(seed, p, 6, 5, 11).view(2, 3, 5, 11), want)
+    want = naive.dropout_keep(seed, p, 2, 3, 21, 39)
+    assert torch.equal(fa.reference.dropout_keep(seed, p, 6, 21, 39).view(2, 3, 21, 39), want)
+
+
+@pytest.mark.parametrize("p, threshold", [(1e-9, 1), (2.0**-17, 1), (0.1, 6554), (0.5, 32768), (1 - 1e-9, 65535)])
+def test_the_probability_in_force(p, threshold):
+    """p rounded to 2^-16, but never to none or all; the factor is its own, so that the expectation is the weight."""
+    assert fa.reference.dropout_factor(p) == naive.dropout_factor(p) == 65536 / (65536 - threshold)
+    bits = fa.reference.dropout_keep(7, p, 16, 512, 512)
+    share, n = threshold / 65536, bits.numel()
+    assert abs(bits.logical_not().double().mean() - share) < 5 * math.sqrt(share * (1 - share) / n)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_weights_are_dropped_independently(p):
+    """No two places that are near, or share a random number, are dropped together more often than chance has it."""
+    share = naive.dropout_probability(p) / 65536
+    z = (fa.reference.dropout_keep(3, p, 16, 512, 512).logical_not().double() - share) / math.sqrt(share * (1 - share))
+    for down in range(17):
+        for across in (0, 1, 2, 3, 4, 7, 8, 9, 10, 15, 16, 17):
+            if down or across:
+                pairs = z[:, down:, across:] * z[:, :512 - down, :512 - across]
+                assert abs(pairs.mean()) * math.sqrt(pairs.numel()) < 5, (down, across)
+    for a, b in ((z[:-1], z[1:]), (z, fa.reference.dropout_keep(4, p, 16, 512, 512).double())):  # heads; seeds
+        assert abs((a * (b - b.mean())).mean()) * math.sqrt(a.numel()) < 5
+    for size in (16, 32):  # the sums of blocks spread as those of independent numbers do
+        sums = z.unflatten(1, (-1, size)).unflatten(3, (-1, size)).sum((2, 4)) / size
+        assert abs(sums.var() - 1) < 5 * math.sqrt((2 + (1 / (share * (1 - share)) - 6) / size**2) / sums.numel())
 
 
 def test_dropout_seed_comes_from_the_generator():

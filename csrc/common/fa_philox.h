@@ -1,9 +1,15 @@
 /* Which attention weights dropout keeps: a counter-based random number, so that it depends on the seed and on
  * (b, h, i, j) only, and is the same for every tiling, thread count and device, forward and backward.
  *
- * Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One evaluation serves the four
- * keys 4c .. 4c+3 of one query: word j % 4 of philox(counter = {j / 4, i, b * HQ + h, 0}, key = seed).
- * A weight is kept when its word >= fa_dropout_threshold(p), and is then multiplied by 1 / (1 - p). */
+ * Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with the seed as key; 16 bits for a
+ * weight. The weights of a head come in blocks of 16 queries x 16 keys. One evaluation serves the eight of a block that
+ * a lane holds where such a block is a tile of a matrix unit: rows r and r + 8, columns 2c, 2c + 1, 2c + 8, 2c + 9. For
+ * query i and key j:
+ *
+ *   counter    {4 (j / 16) + j % 8 / 2, 8 (i / 16) + i % 8, b * HQ + h, 0}
+ *   word       2 (i / 8 % 2) + j / 8 % 2; of it the low half for an even j, the high half for an odd
+ *
+ * A weight is kept when its 16 bits are >= fa_dropout_threshold(p), and is then multiplied by fa_dropout_factor(p). */
 #ifndef FA_PHILOX_H
 #define FA_PHILOX_H
 
@@ -11,7 +17,7 @@
 
 #include "fa_host_device.h"
 
-enum { FA_PHILOX_ROUNDS = 10 };
+enum { FA_PHILOX_ROUNDS = 7 }; /* the fewest of which the paper found no test to fail */
 #define FA_PHILOX_M0 0xD2511F53u /* multipliers and key increments of the paper */
 #define FA_PHILOX_M1 0xCD9E8D57u
 #define FA_PHILOX_W0 0x9E3779B9u
@@ -38,17 +44,41 @@ FA_HD static inline fa_philox4 fa_philox(uint64_t seed, uint32_t c0, uint32_t c1
     return r;
 }
 
-/* p in [0, 1). The probability in force is p rounded to a multiple of 2^-32. */
+/* p in [0, 1). The probability in force is this times 2^-16: p rounded to it, but neither 0 nor 1. p = 0: 0. */
 FA_HD static inline uint32_t fa_dropout_threshold(double p)
 {
-    double t = p * 4294967296.0 + 0.5;
-    return t >= 4294967295.0 ? 4294967295u : (uint32_t)t;
+    double t = p * 65536.0 + 0.5;
+    return p <= 0 ? 0 : t < 1 ? 1 : t >= 65535.0 ? 65535u : (uint32_t)t;
+}
+
+/* What a kept weight is multiplied by, so that its expectation is the weight; 0 where all are dropped, 1 where none is. */
+FA_HD static inline double fa_dropout_factor(double p)
+{
+    return p < 1 ? 65536.0 / (65536.0 - fa_dropout_threshold(p)) : 0;
+}
+
+/* The counter's first two numbers. */
+FA_HD static inline uint32_t fa_dropout_column(uint32_t j)
+{
+    return j / 16 * 4 + j % 8 / 2;
+}
+
+FA_HD static inline uint32_t fa_dropout_row(uint32_t i)
+{
+    return i / 16 * 8 + i % 8;
+}
+
+/* The 16 bits of a weight. */
+FA_HD static inline uint32_t fa_dropout_bits(const fa_philox4 *r, uint32_t i, uint32_t j)
+{
+    uint32_t near = i & 8 ? r->word[2] : r->word[0], far = i & 8 ? r->word[3] : r->word[1];
+    return (j & 8 ? far : near) >> j % 2 * 16 & 0xffff;
 }
 
 FA_HD static inline int fa_dropout_keep(uint64_t seed, uint32_t threshold, int64_t bh, int64_t i, int64_t j)
 {
-    fa_philox4 r = fa_philox(seed, (uint32_t)(j >> 2), (uint32_t)i, (uint32_t)bh, 0);
-    return r.word[j & 3] >= threshold;
+    fa_philox4 r = fa_philox(seed, fa_dropout_column((uint32_t)j), fa_dropout_row((uint32_t)i), (uint32_t)bh, 0);
+    return fa_dropout_bits(&r, (uint32_t)i, (uint32_t)j) >= threshold;
 }
 
 #endif

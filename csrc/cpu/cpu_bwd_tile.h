@@ -14,7 +14,7 @@ typedef struct bwd {
     fa_panels panels;
     int64_t b, hk;
     int64_t d_units, dv_units, d_pad, dv_pad;
-    float keep; /* 1 / (1 - dropout_p) */
+    float keep; /* fa_dropout_factor */
     bool grads; /* dS is wanted, not only P */
 } bwd;
 
@@ -41,7 +41,7 @@ FA_INLINE bwd bwd_begin(const fa_args *a, char *scratch, char *shared, int64_t b
              .scratch = scratch, .shared = shared, .panels = panels, .b = b, .hk = hk,
              .d_units = (d + pack - 1) / pack, .dv_units = (dv + pack - 1) / pack,
              .d_pad = fa_padded(d, VL), .dv_pad = fa_padded(dv, VL),
-             .keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0};
+             .keep = (float)fa_dropout_factor(a->dropout_p)};
     w.span = fa_span_at(a, b);
     return w;
 }

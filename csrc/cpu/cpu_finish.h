@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "../common/fa_dtype.h"
+#include "../common/fa_philox.h"
 
 typedef struct fa_row_end {
     float scale; /* multiplies the weighted sum of values */
@@ -17,7 +18,7 @@ typedef struct fa_row_end {
 static inline fa_row_end fa_finish_row(const fa_args *a, int64_t b, int64_t h, float m, float l)
 {
     const double ln2 = 0.6931471805599453;
-    float keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
+    float keep = (float)fa_dropout_factor(a->dropout_p);
     float top = m, shrink = 1;
     if (a->sinks.data) {
         int64_t at = (a->sinks.size[0] > 1 ? b : 0) * a->sinks.stride[0] + h * a->sinks.stride[1];

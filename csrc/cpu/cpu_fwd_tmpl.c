@@ -69,7 +69,7 @@ FA_INLINE panel panel_begin(const fwd *f, const fa_panels *panels, int64_t slot,
     memset(p.out, 0, (size_t)(BM * f->dv_pad) * 4);
     if (p.lanes->any) {
         p.keys = fa_keys_of_queries(&f->span, p.lanes->first, p.lanes->last);
-        p.keys.lo = fa_max64(p.keys.lo, part.lo) & ~(int64_t)3; /* dropout draws for four keys at a time */
+        p.keys.lo = fa_max64(p.keys.lo, part.lo) & ~(int64_t)1; /* whole pairs */
         p.keys.hi = fa_min64(p.keys.hi, part.hi);
     }
     if (p.keys.lo < p.keys.hi)

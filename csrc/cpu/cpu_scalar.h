@@ -40,7 +40,7 @@ typedef struct fa_scalar_head {
     double alibi;     /* slope, 0 without ALiBi */
     double sink;      /* -inf without a sink */
     uint32_t threshold;
-    double keep_scale; /* 1 / (1 - dropout_p) */
+    double keep_scale; /* fa_dropout_factor */
 } fa_scalar_head;
 
 static inline fa_scalar_head fa_scalar_head_at(const fa_args *a, int64_t b, int64_t h)
@@ -55,7 +55,7 @@ static inline fa_scalar_head fa_scalar_head_at(const fa_args *a, int64_t b, int6
         .alibi = a->alibi.data ? fa_load(a->alibi.data, a->alibi.dtype, fa_row_at(&a->alibi, b, h, 0)) : 0,
         .sink = a->sinks.data ? fa_load(a->sinks.data, a->sinks.dtype, fa_row_at(&a->sinks, b, h, 0)) : -INFINITY,
         .threshold = p < 1 ? fa_dropout_threshold(p) : 0,
-        .keep_scale = p < 1 ? 1 / (1 - p) : 0,
+        .keep_scale = fa_dropout_factor(p),
     };
     return head;
 }
@@ -95,7 +95,7 @@ static inline fa_scalar_score fa_scalar_score_of(const fa_scalar_head *head, int
     return s;
 }
 
-/* What dropout makes of a weight: times 1 / (1 - p) when kept, else 0. */
+/* What dropout makes of a weight: times fa_dropout_factor when kept, else 0. */
 static inline double fa_scalar_dropout(const fa_scalar_head *head, int64_t i, int64_t j)
 {
     const fa_args *a = head->a;

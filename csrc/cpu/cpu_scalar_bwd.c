@@ -1,7 +1,7 @@
 /* Backward, from the log-sum-exp of forward:
  *
  *   P_ij = exp(s_ij - lse_i)                     weights, recomputed
- *   R_ij = 1 / (1 - p) where dropout kept, or 0
+ *   R_ij = fa_dropout_factor(p) where dropout kept, or 0
  *   dV_j = sum_i R_ij P_ij dO_i
  *   dP_ij = R_ij dO_i . V_j
  *   delta_i = sum_j P_ij dP_ij - dlse_i = dO_i . O_i - dlse_i

@@ -76,7 +76,7 @@ FA_INLINE vf v_tanh(vf x)
     return v_select(v_lt(x, v_zero()), v_sub(v_zero(), r), r);
 }
 
-/* Philox4x32-10 on VL counters at once: the words of fa_philox.h in out[0..3]. */
+/* Philox4x32-7 on VL counters at once: the words of fa_philox.h in out[0..3]. */
 FA_INLINE void v_philox(uint64_t seed, vi c0, vi c1, vi c2, vi c3, vi out[4])
 {
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);

@@ -339,21 +339,36 @@ static inline void apply_band(float *s, const fa_lanes *l, const fa_span *span, 
     }
 }
 
-/* For the tile of keys k0 .. k0+nk-1: w[key][lane] = 0 where dropout drops, kept otherwise. k0 is a multiple of 4. */
+/* w[lane] = 0 where dropped */
+static inline void drop_lanes(float *w, vm dropped)
+{
+    v_store(w, v_select(dropped, v_zero(), v_load(w)));
+}
+
+/* For the tile of keys k0 .. k0+nk-1: w[key][lane] = 0 where dropout drops, kept otherwise. Of the two queries that an
+ * evaluation serves, a lane is one. */
 static inline void apply_dropout(float *w, const fa_lanes *l, const fa_args *a, int64_t k0, int nk)
 {
-    vi threshold = vi_set1((int32_t)fa_dropout_threshold(a->dropout_p));
+    const int32_t threshold = (int32_t)fa_dropout_threshold(a->dropout_p);
+    const vi even = vi_set1(threshold), odd = vi_set1((int32_t)((uint32_t)threshold << 16));
     vi first = vi_set1((int32_t)(a->first_batch * a->q.size[1]));
     for (int v = 0; v < l->nv; v++) {
         vi q = vi_load(l->query + v * VL), bh = vi_add(first, vi_load(l->bh + v * VL));
-        for (int k = 0; k < nk; k += 4) {
-            vi word[4];
-            v_philox(a->dropout_seed, vi_set1((int32_t)((k0 + k) >> 2)), q, bh, vi_set1(0), word);
-            for (int i = 0; i < 4 && k + i < nk; i++) {
-                float *x = w + (k + i) * BM + v * VL;
-                v_store(x, v_select(vi_lt_u(word[i], threshold), v_zero(), v_load(x)));
+        vi row = vi_add(vi_shr(vi_and(q, vi_set1(~15)), 1), vi_and(q, vi_set1(7)));
+        vm second = vi_gt(vi_and(q, vi_set1(8)), vi_set1(0));
+        for (int k = -(int)(k0 % 16); k < nk; k += 16)
+            for (int c = 0; c < 4; c++) {
+                vi word[4];
+                v_philox(a->dropout_seed, vi_set1((int32_t)((k0 + k) / 4) + c), row, bh, vi_set1(0), word);
+                for (int i = 0; i < 2; i++) {
+                    const int key = k + 8 * i + 2 * c;
+                    vi x = vi_select(second, word[2 + i], word[i]);
+                    if (key >= 0 && key < nk)
+                        drop_lanes(w + key * BM + v * VL, vi_lt_u(vi_and(x, vi_set1(0xffff)), even));
+                    if (key >= -1 && key + 1 < nk)
+                        drop_lanes(w + (key + 1) * BM + v * VL, vi_lt_u(x, odd));
+                }
             }
-        }
     }
 }
 

@@ -81,7 +81,7 @@ static void fill_scores(const dense *x, matrices *m, int64_t b, int64_t h)
 {
     const ck_case *c = &x->p->c;
     const fa_args *a = &x->p->a;
-    const uint32_t threshold = a->dropout_p < 1 ? fa_dropout_threshold(a->dropout_p) : 0;
+    const uint32_t threshold = fa_dropout_threshold(a->dropout_p);
     for (int64_t i = 0; i < c->SQ; i++)
         for (int64_t j = 0; j < c->SK; j++) {
             const int64_t ij = i * c->SK + j, hk = h / (c->HQ / c->HK);
@@ -102,8 +102,8 @@ static void fill_scores(const dense *x, matrices *m, int64_t b, int64_t h)
             m->score[ij] = s;
             m->keep[ij] = 1;
             if (a->dropout_p > 0)
-                m->keep[ij] = a->dropout_p < 1 && fa_dropout_keep(a->dropout_seed, threshold, b * c->HQ + h, i, j)
-                                  ? 1 / (1 - a->dropout_p)
+                m->keep[ij] = fa_dropout_keep(a->dropout_seed, threshold, b * c->HQ + h, i, j)
+                                  ? fa_dropout_factor(a->dropout_p)
                                   : 0;
         }
 }
@@ -242,7 +242,7 @@ static void input_scales(const dense *x, ck_scales *s)
     s->q = largest(x->q, queries * c->D);
     s->k = largest(x->k, keys * c->D);
     s->v = largest(x->v, keys * c->DV);
-    s->keep = c->dropout_p < 1 ? 1 / (1 - c->dropout_p) : 0;
+    s->keep = fa_dropout_factor(c->dropout_p);
     s->score = fabs(c->scale) * largest_norm(x->q, queries, c->D) * largest_norm(x->k, keys, c->D);
     if (x->dout) {
         s->dout = largest(x->dout, queries * c->DV);

@@ -136,7 +136,7 @@ typedef struct ck_scales {
     double dot;         /* largest |dO| |V| */
     double column;      /* largest 2-norm of a column of weights over the queries of a kv head */
     double mask;        /* largest 2-norm of the weights that one element of the mask collects */
-    double keep;        /* 1 / (1 - dropout_p) */
+    double keep;        /* fa_dropout_factor */
 } ck_scales;
 
 typedef struct ck_eager {

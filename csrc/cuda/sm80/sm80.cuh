@@ -20,7 +20,7 @@ struct fa_sm80_params {
     float *partial;             /* [splits][B HQ SQ][2 + DV] where the keys are split */
     const float *lse2, *delta;  /* backward: [B HQ][rows], smxx_rows.cu */
     int64_t rows;
-    float keep;                 /* 1 / (1 - dropout_p); 0 where that is 1 */
+    float keep;                 /* fa_dropout_factor */
 };
 
 /* Tiles of columns of a mask's gradient that a block sums. */

@@ -151,32 +151,34 @@ __device__ __forceinline__ void fa_bwd_score(typename C::product &s, typename C:
     }
 }
 
-/* Bit e + 4 n of word m: dropout drops s[m][n][e]. */
+/* Bit e + 4 n of word m: dropout drops s[m][n][e]. Of an evaluation's eight weights a lane has, with rows of queries,
+ * those of both its rows and two neighbouring columns; with rows of keys, of both its rows and one column. */
 template <class C>
 __device__ __forceinline__ void fa_bwd_dropped(uint32_t (&dropped)[C::MT], const fa_bwd_head &head, int col0)
 {
-    static_assert(4 * C::NT <= 32, "a bit for each of a lane's results");
+    static_assert(4 * C::NT <= 32 && C::NT <= 4, "a bit for each of a lane's results; columns on one side of 16");
     const fa_sm80_scores &f = head.f;
+    const uint32_t threshold = f.p.threshold << 16;
 #pragma unroll
-    for (int m = 0; m < C::MT; m++)
+    for (int m = 0; m < C::MT; m++) {
+        const uint32_t row = (uint32_t)(f.row + 16 * m);
         dropped[m] = head.all_dropped ? 0xffffffffu : 0;
 #pragma unroll
-    for (int x = 0; x < 2 * C::MT; x++)
+        for (int y = 0; y < 2 * C::NT; y += C::KEYS ? 1 : 2) {
+            const uint32_t column = (uint32_t)(col0 + f.column + y), i = C::KEYS ? column : row;
+            const fa_philox4 r =
+                fa_philox(f.p.seed, fa_dropout_column(C::KEYS ? row : column), fa_dropout_row(i), f.p.bh, 0);
 #pragma unroll
-        for (int y = 0; y < 2 * C::NT; y += C::KEYS ? 1 : 4) {
-            const int row = f.row + 8 * x, column = col0 + f.column + y;
-            const int i = C::KEYS ? column : row, j = C::KEYS ? row : column;
-            const fa_philox4 r = fa_philox(f.p.seed, (uint32_t)j >> 2, (uint32_t)i, f.p.bh, 0);
-            if (C::KEYS) {
-                const uint32_t word = j & 2 ? (j & 1 ? r.word[3] : r.word[2]) : (j & 1 ? r.word[1] : r.word[0]);
-                dropped[x / 2] |= (uint32_t)(word < f.p.threshold) << (y / 2 * 4 + x % 2 * 2 + y % 2);
-            } else {
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    dropped[x / 2] |= (uint32_t)(r.word[k] < f.p.threshold)
-                                      << ((y + k) / 2 * 4 + x % 2 * 2 + (y + k) % 2);
+            for (int x = 0; x < 2; x++) {
+                const uint32_t near = r.word[C::KEYS ? x : 2 * x], far = r.word[C::KEYS ? 2 + x : 2 * x + 1];
+                const uint32_t word = column & 8 ? far : near, odd = C::KEYS ? word << (row & 1 ? 0 : 16) : word;
+                const int at = y / 2 * 4 + 2 * x + y % 2;
+                dropped[m] |= (uint32_t)(odd < threshold) << (C::KEYS ? at : at + 1);
+                if (!C::KEYS)
+                    dropped[m] |= (uint32_t)(word << 16 < threshold) << at;
             }
         }
+    }
 }
 
 /* w: scores to P, 0 where dropout drops; ds: dP to dS. CARE: what is hidden may meet NaN. */

@@ -104,7 +104,7 @@ static fa_sm80_params params_of(const fa_args *a, pass x)
     p.vectors = fa_sm80_vectors(a, tile_of(a, x).cols);
     p.mask_width = mask_width(a, x);
     p.mask_bytes = mask_bytes(a, x);
-    p.keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
+    p.keep = (float)fa_dropout_factor(a->dropout_p);
     return p;
 }
 

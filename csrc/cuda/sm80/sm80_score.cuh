@@ -1,7 +1,8 @@
 /* From products of queries and keys to scores: what options do to a tile of them; and dropout. Rows of the tile are
  * queries and columns keys, or with KEYS the other way round. A lane has MT times two rows, 16 m + g and + 8, and of
  * each the 2 NT columns that follow its first: columns 8n + 2t + e of the products are its columns 2n + e (fa_key_at).
- * So a row of a mask is read in vectors, and one evaluation of dropout's random numbers serves four of a lane's keys.
+ * So a row of a mask is read in vectors, and one evaluation of dropout's random numbers serves four of a lane's weights,
+ * or eight where its columns are as many as 16.
  *
  * Scores are left as products where only 0 or -inf is added to them: then one multiply-add makes the exponent of each.
  * Else they are in nats. Either way weights are 2^(c (s - m)). */
@@ -289,20 +290,30 @@ __device__ __forceinline__ void fa_sm80_score(float (&s)[MT][NT][4], float (&slo
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
 
-/* w <- 0 where dropout drops */
+/* w <- 0 where dropout drops. Of the eight weights of an evaluation a lane has those of both its rows: all, where its
+ * columns are a whole block of 16, else those of the four keys on one side of it. */
 template <int MT, int NT>
 __device__ __forceinline__ void fa_drop_weights(float (&w)[MT][NT][4], const fa_sm80_scores &f, int k0)
 {
+    static_assert(NT <= 8, "no more than a block of 16");
+    constexpr int SIDES = NT == 8 ? 2 : 1;
+    const uint32_t threshold = f.p.threshold << 16;
 #pragma unroll
-    for (int x = 0; x < 2 * MT; x++)
+    for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int n = 0; n < NT; n += 2) {
+        for (int n = 0; n < NT / SIDES; n++) {
             const uint32_t key = (uint32_t)(k0 + f.column + 2 * n);
-            const fa_philox4 r = fa_philox(f.p.seed, key >> 2, (uint32_t)(f.row + 8 * x), f.p.bh, 0);
+            const fa_philox4 r =
+                fa_philox(f.p.seed, fa_dropout_column(key), fa_dropout_row((uint32_t)(f.row + 16 * m)), f.p.bh, 0);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (r.word[i] < f.p.threshold)
-                    w[x / 2][n + i / 2][x % 2 * 2 + i % 2] = 0;
+            for (int i = 0; i < 2 * SIDES; i++) {
+                const int x = i / SIDES, side = i % SIDES;
+                const uint32_t word = r.word[2 * x + side], y = SIDES == 1 && key & 8 ? r.word[2 * x + 1] : word;
+                if (y << 16 < threshold)
+                    w[m][n + 4 * side][2 * x] = 0;
+                if (y < threshold)
+                    w[m][n + 4 * side][2 * x + 1] = 0;
+            }
         }
 }
 

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include "../../common/fa_philox.h"
 #include "../cuda.h"
 
 /* X(head dimensions), the narrowest first. */
@@ -21,7 +20,8 @@ FA_BWD_SM90_DIMS(FA_DECLARE)
 
 #define FA_DECLARE_ALONE(dims)                                                                                         \
     extern "C" const fa_sm90_instance fa_bwd_sm90_bf16_##dims##_tiled, fa_bwd_sm90_f16_##dims##_tiled,                 \
-        fa_bwd_sm90_bf16_##dims##_bits, fa_bwd_sm90_f16_##dims##_bits;
+        fa_bwd_sm90_bf16_##dims##_bits, fa_bwd_sm90_f16_##dims##_bits, fa_bwd_sm90_bf16_##dims##_dropout,              \
+        fa_bwd_sm90_f16_##dims##_dropout;
 FA_ALONE_SM90_DIMS(FA_DECLARE_ALONE)
 
 #define FA_BF16_PLAIN(dims) &fa_bwd_sm90_bf16_##dims,
@@ -34,9 +34,11 @@ FA_ALONE_SM90_DIMS(FA_DECLARE_ALONE)
 #define FA_F16_TILED(dims) &fa_bwd_sm90_f16_##dims##_tiled,
 #define FA_BF16_BITS(dims) &fa_bwd_sm90_bf16_##dims##_bits,
 #define FA_F16_BITS(dims) &fa_bwd_sm90_f16_##dims##_bits,
+#define FA_BF16_DROPOUT(dims) &fa_bwd_sm90_bf16_##dims##_dropout,
+#define FA_F16_DROPOUT(dims) &fa_bwd_sm90_f16_##dims##_dropout,
 
 enum { FA_KIND_PLAIN, FA_KIND_MOD, FA_KIND_DMASK, FA_KINDS };
-enum { FA_ALONE_TILED, FA_ALONE_BITS, FA_ALONE_KINDS };
+enum { FA_ALONE_TILED, FA_ALONE_BITS, FA_ALONE_DROPOUT, FA_ALONE_KINDS };
 
 static const fa_sm90_instance *const INSTANCES[FA_KINDS][2][FA_BWD_DIMS] = {
     {{FA_BWD_SM90_DIMS(FA_BF16_PLAIN)}, {FA_BWD_SM90_DIMS(FA_F16_PLAIN)}},
@@ -46,6 +48,7 @@ static const fa_sm90_instance *const INSTANCES[FA_KINDS][2][FA_BWD_DIMS] = {
 static const fa_sm90_instance *const ALONE[FA_ALONE_KINDS][2][FA_ALONE_DIMS] = {
     {{FA_ALONE_SM90_DIMS(FA_BF16_TILED)}, {FA_ALONE_SM90_DIMS(FA_F16_TILED)}},
     {{FA_ALONE_SM90_DIMS(FA_BF16_BITS)}, {FA_ALONE_SM90_DIMS(FA_F16_BITS)}},
+    {{FA_ALONE_SM90_DIMS(FA_BF16_DROPOUT)}, {FA_ALONE_SM90_DIMS(FA_F16_DROPOUT)}},
 };
 
 extern "C" const fa_sm90_instance *fa_bwd_sm90_instance_at(int i)
@@ -91,7 +94,8 @@ static int32_t options_of(const fa_args *a, const fa_sm90_instance *f)
     bool bits = a->mask.data && a->mask.dtype == FA_BOOL, bias = a->mask.data && !bits;
     return (has_lengths(a) ? FA_MOD_LENGTHS : 0) | (is_packed(a) ? FA_MOD_PACKED : 0) | (bits ? FA_MOD_BITS : 0) |
            (bias ? FA_MOD_BIAS : 0) | (has_tiles(a, f) ? FA_MOD_TILES : 0) | (a->softcap > 0 ? FA_MOD_CAP : 0) |
-           (a->alibi.data ? FA_MOD_ALIBI : 0) | (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0);
+           (a->alibi.data ? FA_MOD_ALIBI : 0) | (a->dropout_p > 0 ? FA_MOD_DROPOUT : 0) |
+           (fa_sm90_drops_often(a->dropout_p) ? FA_MOD_OFTEN : 0);
 }
 
 /* The narrowest that holds the head dimensions; its place among those of its kind. */
@@ -114,6 +118,8 @@ extern "C" const fa_sm90_instance *fa_bwd_sm90_choose(const fa_args *a)
         return ALONE[FA_ALONE_TILED][half][i];
     if (i < FA_ALONE_DIMS && options == FA_MOD_BITS)
         return ALONE[FA_ALONE_BITS][half][i];
+    if (i < FA_ALONE_DIMS && options == FA_MOD_DROPOUT)
+        return ALONE[FA_ALONE_DROPOUT][half][i];
     return INSTANCES[options ? FA_KIND_MOD : FA_KIND_PLAIN][half][i];
 }
 
@@ -385,10 +391,8 @@ static void fill_mod(fa_bwd_mod *m, const fa_args *a, const fa_sm90_instance *f)
     m->alibi_f32 = a->alibi.dtype == FA_F32;
     m->alibi_batch = stride_or_0(&a->alibi, 0);
     m->alibi_head = a->alibi.stride[1];
-    m->seed = a->dropout_seed;
-    m->threshold = fa_dropout_threshold(a->dropout_p);
+    m->dropout = fa_sm90_dropout_of(a->dropout_p, a->dropout_seed);
     m->first_head = (uint32_t)(a->first_batch * a->q.size[1]);
-    m->keep = (float)(1 / (1 - a->dropout_p));
 }
 
 /* Without queries or without keys nothing is loaded. */

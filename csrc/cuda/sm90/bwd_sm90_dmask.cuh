@@ -273,16 +273,23 @@ __device__ __forceinline__ void fa_dmask_weights(const fa_bwd_sm90_params &p, co
         s[i] = fa_exp2(s[i]);
 }
 
-/* dp <- what dropout makes of it: of four neighbouring keys, which one evaluation serves, the thread has two. */
+/* dp <- what dropout makes of it; an evaluation serves eight of the thread's elements. */
 template <class M>
 __device__ __forceinline__ void fa_dmask_drop(const fa_bwd_mod &m, int head, fa_place at, float (&dp)[M::BN / 2])
 {
+    uint32_t bh = m.first_head + head;
+    uint2 row = fa_draw_row(m.dropout, fa_dropout_row(at.query), bh);
 #pragma unroll
-    for (int i = 0; i < M::BN / 4; i++) {
-        int key = at.key + i / 2 * 8, query = at.query + i % 2 * 8;
-        fa_philox4 random = fa_philox(m.seed, (uint32_t)key >> 2, (uint32_t)query, m.first_head + head, 0);
-        dp[2 * i] *= (key & 2 ? random.word[2] : random.word[0]) < m.threshold ? 0.f : m.keep;
-        dp[2 * i + 1] *= (key & 2 ? random.word[3] : random.word[1]) < m.threshold ? 0.f : m.keep;
+    for (int a = 0; a < M::BN / 16; a++) {
+        uint4 column = fa_draw_column(m.dropout, fa_dropout_column(at.key) + 4 * a, bh);
+        fa_philox4 r = fa_draw_signs<true>(m.dropout, column, row);
+#pragma unroll
+        for (int i = 0; i < 4; i++) { /* row i / 2, group of 8 columns 2 a + i % 2 */
+            uint32_t kept = r.word[i] ^ m.dropout.flip;
+            float *pair = dp + 4 * (2 * a + i % 2) + 2 * (i / 2);
+            pair[0] *= kept & 0x8000u ? m.dropout.factor : 0.f;
+            pair[1] *= kept & 0x80000000u ? m.dropout.factor : 0.f;
+        }
     }
 }
 

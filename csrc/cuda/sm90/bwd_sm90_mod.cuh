@@ -4,11 +4,10 @@
  * With dropout and softcap dS needs other weights than dV:
  *   dV += (P kept)^T dO     dS = P' o (keep kept dP - delta),  P' = P d softcap(s) / ds
  * P' is never negative, so its sign says what is dropped: two matrices in one go through shared memory. The factor
- * keep = 1 / (1 - p) of dV is applied at the end. */
+ * keep, the factor of dropout, of dV is applied at the end. */
 #ifndef FA_BWD_SM90_MOD_CUH
 #define FA_BWD_SM90_MOD_CUH
 
-#include "../../common/fa_philox.h"
 #include "../ptx/tma.cuh"
 #include "bwd_sm90_tile.cuh"
 
@@ -199,37 +198,35 @@ __device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 6
     }
 }
 
-/* Which weights dropout keeps. One evaluation of Philox serves four neighbouring keys, which four lanes hold: each of
- * them evaluates for every fourth group of 8 queries. Bit 4 (4 c + 2 r + x) of kept[half][lane]: query 8 (4 c + lane) +
- * x, key 8 r. */
+/* Which weights dropout keeps. Two lanes with neighbouring keys share their evaluations, of which each serves one query of
+ * the two that are neighbours: each draws those of one of them, for both, and they exchange signs. */
 template <class C> struct fa_kept {
-    uint32_t from[C::BM / 64][4];
+    static constexpr bool OFTEN = C::OPTIONS & FA_MOD_OFTEN;
+    uint32_t bits[C::BM / 64]; /* of 64 queries; bit 8 (2 r + x) + 7 - c: query 8 c + x, key 8 r */
 
     __device__ __forceinline__ void draw(const fa_bwd_mod &mod, int head, fa_place at)
     {
-        int lane = threadIdx.x % FA_WARP, own = lane / 4 % 4;
+        uint32_t bh = mod.first_head + head, odd = threadIdx.x / 4 % 2, row = fa_dropout_row(at.query) + odd;
+        uint4 column = fa_draw_column(mod.dropout, fa_dropout_column(at.key), bh);
 #pragma unroll
         for (int half = 0; half < C::BM / 64; half++) {
-            uint32_t bits = 0;
+            uint32_t own = 0;
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                int c = i / 4, r = i / 2 % 2, x = i % 2;
-                uint32_t query = at.query + 64 * half + 8 * (4 * c + own) + x, key = at.key + 8 * r;
-                fa_philox4 random = fa_philox(mod.seed, key >> 2, query, mod.first_head + head, 0);
-#pragma unroll
-                for (int word = 0; word < 4; word++)
-                    bits |= (random.word[word] >= mod.threshold ? 1u : 0u) << (4 * i + word);
+            for (int i = 0; i < 4; i++) {
+                uint2 own_row = fa_draw_row(mod.dropout, row + 32 * half + 8 * i, bh);
+                fa_philox4 r = fa_draw_signs<OFTEN>(mod.dropout, column, own_row);
+                own |= fa_bytes_of_signs(r.word[0], r.word[1]) & 0x80808080u >> 2 * i;
+                own |= fa_bytes_of_signs(r.word[2], r.word[3]) & 0x40404040u >> 2 * i;
             }
-#pragma unroll
-            for (int other = 0; other < 4; other++)
-                from[half][other] = __shfl_sync(0xffffffff, bits, (lane & 19) | other << 2) >> own;
+            uint32_t other = __shfl_xor_sync(0xffffffff, own, 4);
+            bits[half] = __byte_perm(own, other, odd ? 0x3715 : 0x6240) ^ (OFTEN ? mod.dropout.flip : 0);
         }
     }
 
-    /* element of the accumulator: its group of 8 queries, its key (0 or 1), its query (0 or 1) */
-    __device__ __forceinline__ bool at(int c, int r, int x) const
+    /* of a pair of queries in group c and key r */
+    __device__ __forceinline__ uint32_t mask(int c, int r) const
     {
-        return from[c / 8][c % 4] >> (4 * (c / 4 % 2 * 4 + 2 * r + x)) & 1;
+        return fa_mask_of_signs(bits[c / 8] << c % 8, r ? 0xbbaa : 0x9988);
     }
 };
 
@@ -288,9 +285,9 @@ __device__ __forceinline__ void fa_round_weights(const fa_bwd_mod &mod, const fa
             x[j] = fa_pack<typename C::T>(a * slope.x, b * slope.y);
             w[2 * c + r] = fa_pack<typename C::T>(a, b);
             if (drops) {
-                uint32_t dropped = (kept.at(c, r, 0) ? 0 : 0xffffu) | (kept.at(c, r, 1) ? 0 : 0xffff0000u);
-                x[j] |= dropped & 0x80008000u;
-                w[2 * c + r] &= ~dropped;
+                uint32_t mask = kept.mask(c, r);
+                x[j] |= ~mask & 0x80008000u;
+                w[2 * c + r] &= mask;
             }
         }
         to[i * FA_WARPGROUP] = make_uint4(x[0], x[1], x[2], x[3]);

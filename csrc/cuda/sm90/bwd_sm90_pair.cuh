@@ -38,7 +38,7 @@ __device__ __forceinline__ void fa_pair_score_gradient(const fa_bwd_sm90_params 
     if constexpr (C::MOD) {
         if (fa_has<C>(p.mod, FA_MOD_TWO_WEIGHTS)) {
             fa_fetch_weights<C>(w, fa_pair_place(sh));
-            fa_signed_score_gradient<C>(dp, w, sh.delta[stage], p.mod.keep);
+            fa_signed_score_gradient<C>(dp, w, sh.delta[stage], p.mod.dropout.factor);
             return;
         }
     }
@@ -162,7 +162,7 @@ __device__ __forceinline__ void fa_consume_pair(const fa_bwd_sm90_params &p, fa_
         fa_mbar_wait(&sh.bar[FA_BAR_V_FULL], 0);
         fa_pair_steps<C>(p, sh, u, c, key0, dk, dv);
     }
-    fa_store_gradient<C, C::DV>(p, p.dv, u, dv, C::MOD ? p.mod.keep : 1.f, key0, p.DV);
+    fa_store_gradient<C, C::DV>(p, p.dv, u, dv, C::MOD ? p.mod.dropout.factor : 1.f, key0, p.DV);
     fa_store_gradient<C, C::D>(p, p.dk, u, dk, p.scale, key0, p.D);
 }
 

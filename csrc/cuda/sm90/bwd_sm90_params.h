@@ -6,6 +6,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "sm90_dropout.cuh"
+
 #define FA_LOG2E 1.44269504088896f
 #define FA_BWD_LEAST (-0x1p127f * FA_LOG2E) /* no score or log-sum-exp counts as less, in units of log2 */
 
@@ -52,6 +54,7 @@ enum {
     FA_MOD_CAP = 8,
     FA_MOD_ALIBI = 16,
     FA_MOD_DROPOUT = 32,
+    FA_MOD_OFTEN = 256, /* with DROPOUT: of more than a half */
     FA_MOD_TWO_WEIGHTS = FA_MOD_CAP | FA_MOD_DROPOUT, /* those of dS differ from those of dV */
     FA_MOD_TILED = FA_MOD_BIAS | FA_MOD_TILES,
     FA_MOD_ANY = -1, /* of an instance: whatever the call has */
@@ -91,9 +94,8 @@ typedef struct fa_bwd_mod {
     const void *alibi;
     int64_t alibi_batch, alibi_head;
     bool alibi_f32;
-    uint64_t seed; /* DROPOUT */
-    uint32_t threshold, first_head;
-    float keep; /* 1 / (1 - p), 1 without dropout */
+    fa_sm90_dropout dropout;
+    uint32_t first_head; /* of dropout */
 } fa_bwd_mod;
 
 typedef struct fa_bwd_sm90_params {

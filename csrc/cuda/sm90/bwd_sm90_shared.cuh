@@ -23,8 +23,10 @@ template <typename T_, int D_, int DV_, int BM_, int BN_, int OPTIONS_> struct f
     static constexpr int STAGES = 2;               /* blocks of Q and of dO in flight */
     static constexpr int PARTS = BM / 64 * D / 64; /* of 64 x 64 in a block of dQ */
     static constexpr int THREADS = 4 * FA_WARPGROUP;
-    /* bytes for a tile of a float mask: less than fp32 takes where BM = 128, none where D = 256 */
-    static constexpr int BIAS_BYTES = !TILES ? 0 : !SPLIT ? 32768 : D <= 192 ? 16384 : 0;
+    /* bytes for a tile of a float mask: less than fp32 takes where BM = 128, none where D = 256; or for the weights of
+     * dS where they differ and there is no such tile (bwd_sm90_pair.cuh) */
+    static constexpr int WEIGHT_BYTES = OPTIONS & FA_MOD_TWO_WEIGHTS && !SPLIT ? 2 * BM * 128 : 0;
+    static constexpr int BIAS_BYTES = !TILES ? WEIGHT_BYTES : !SPLIT ? 32768 : D <= 192 ? 16384 : 0;
     static constexpr int PRODUCER_REGISTERS = STORES_DS ? 32 : 24, CONSUMER_REGISTERS = 208;
     static constexpr int DQ_REGISTERS = STORES_DS ? 64 : 72;
 };

@@ -102,7 +102,7 @@ __device__ __forceinline__ void fa_split_gradient(const fa_bwd_sm90_params &p, f
     fa_wgmma_hold(dp);
     bool hides = fa_hides<C>(p, sh, u, t, u.walk.n * C::BN);
     if (fa_has<C>(p.mod, FA_MOD_TWO_WEIGHTS)) {
-        fa_signed_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)], p.mod.keep);
+        fa_signed_score_gradient<C>(dp, weights, sh.delta[fa_stage_of(t)], p.mod.dropout.factor);
         if (hides)
             fa_clear_hidden<C>(dp, weights);
     } else if (hides) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void fa_consume_for_values(const fa_bwd_sm90_params &
         fa_mbar_wait(&sh.bar[FA_BAR_K_FULL], 0);
         fa_values_steps<C>(p, sh, u, c, key0, dv);
     }
-    fa_store_gradient<C, C::DV>(p, p.dv, u, dv, C::MOD ? p.mod.keep : 1.f, key0, p.DV);
+    fa_store_gradient<C, C::DV>(p, p.dv, u, dv, C::MOD ? p.mod.dropout.factor : 1.f, key0, p.DV);
 }
 
 template <class C>

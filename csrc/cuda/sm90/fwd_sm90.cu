@@ -5,7 +5,6 @@
 #include <math.h>
 #include <stdio.h>
 
-#include "../../common/fa_philox.h"
 #include "fwd_sm90_instances.h"
 #include "fwd_sm90_params.h"
 
@@ -99,6 +98,7 @@ static int what_of(const fa_args *a)
     what |= a->softcap > 0 ? FA_MOD_CAP : 0;
     what |= a->alibi.data ? FA_MOD_ALIBI : 0;
     what |= a->dropout_p > 0 ? FA_MOD_DROPOUT : 0;
+    what |= fa_sm90_drops_often(a->dropout_p) ? FA_MOD_OFTEN : 0;
     bool scaled = what & (FA_MOD_CAP | FA_MOD_ALIBI | FA_MOD_BIAS) || a->scale <= 0;
     return what | (scaled ? FA_MOD_SCALED : 0);
 }
@@ -153,18 +153,6 @@ static void fill_mask(fa_fwd_sm90_mod_params *p, const fa_tensor *m)
     p->heads_outside = m->data && m->size[0] == 1 && m->size[1] > 1;
 }
 
-static void fill_dropout(fa_fwd_sm90_mod_params *p, const fa_args *a)
-{
-    p->keep = a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0;
-    if (a->dropout_p <= 0)
-        return;
-    p->threshold = fa_dropout_threshold(a->dropout_p < 1 ? a->dropout_p : 0);
-    for (uint32_t i = 0; i < FA_PHILOX_ROUNDS; i++) {
-        p->keys[i][0] = (uint32_t)a->dropout_seed + i * FA_PHILOX_W0;
-        p->keys[i][1] = (uint32_t)(a->dropout_seed >> 32) + i * FA_PHILOX_W1;
-    }
-}
-
 /* tanh x = x P(x^2) to 6e-7 for |x| <= 1/2. */
 static void fill_softcap(fa_fwd_sm90_mod_params *p, const fa_args *a)
 {
@@ -188,7 +176,7 @@ static void fill_mod(fa_fwd_sm90_mod_params *p, const fa_args *a, const fa_sm90_
     p->a = *a;
     p->what = what_of(a);
     fill_mask(p, &a->mask);
-    fill_dropout(p, a);
+    p->dropout = fa_sm90_dropout_of(a->dropout_p, a->dropout_seed);
     fill_softcap(p, a);
     if (p->what & FA_MOD_SCALED)
         p->plain.scale_log2 = 1;

@@ -38,7 +38,8 @@ struct fa_fwd_sm90_config {
     static constexpr int FETCHED = !FETCH ? 1 : OPTIONS == FA_BIAS && D > 64 ? 2 : 3;
     static constexpr int MASK_BYTES = OPTIONS == FA_BIAS ? 2 : OPTIONS == FA_BITS ? 1 : 0; /* of an element */
     using fetched = fa_fetched<4 * WGS, FETCH ? 16 * BN * MASK_BYTES : 16, OPTIONS == FA_BITS ? FA_WARP : 1>;
-    static constexpr int MASK = OPTIONS == FA_ALL ? BM * BN * 2 : 16; /* without that warpgroup */
+    /* Without that warpgroup, of each of two places; with dropout alone for fa_fetch_columns. */
+    static constexpr int MASK = OPTIONS == FA_ALL ? BM * BN * 2 : OPTIONS == FA_DROPOUT ? 4 * WGS * BN / 4 * 16 : 16;
     static constexpr int THREADS = FA_WARPGROUP * (WGS + 1 + FETCH);
     static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32, FETCH_REGISTERS = 40;
     static constexpr int CONSUMER_REGISTERS = WGS == 3 ? 160 : FETCH ? 224 : 240;
@@ -357,6 +358,11 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
         fa_mod_fetch<C::BN>(p, p.what, t, row, key, fresh, last, m, sh.mask[c.mask ^ 1] + own);
         c.mask ^= 1;
     }
+    if constexpr (C::OPTIONS == FA_DROPOUT) {
+        m.mask = sh.mask[c.mask] + warp * (C::BN / 4 * 16);
+        fa_fetch_columns<C::BN>(p, t, key, m.mask);
+        c.mask ^= 1;
+    }
     if constexpr (C::FETCH) {
         fa_mbar_wait(&sh.fetched_full[c.fs.index], c.fs.parity);
         const typename C::fetched &f = sh.fetched[c.fs.index];
@@ -381,30 +387,17 @@ __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, 
     if (m.late)
         fa_softmax_block<typename C::T, C::BN>(
             fa_late_scores_of<typename C::T, C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s), w, r);
+    else if (fa_what<C>(p) & FA_MOD_DROPOUT)
+        fa_softmax_block<typename C::T, C::BN>(
+            fa_scores_at_hand<C::BN>{s, p.plain.scale_log2}, w, r,
+            fa_dropping<C::OPTIONS == FA_DROPOUT>(p, t, fa_mod_place_of(row, key), m.mask));
     else
         fa_softmax_block<typename C::T, C::BN>(fa_scores_at_hand<C::BN>{s, p.plain.scale_log2}, w, r);
-    if (fa_what<C>(p) & FA_MOD_DROPOUT)
-        fa_drop<C::BN>(w, m);
     if constexpr (C::FETCH) {
         __syncwarp();
         fa_release(&sh.fetched_empty[c.fs.index]);
         c.fs.next();
     }
-}
-
-/* What this warp does itself of what a block needs, before it has its turn. */
-template <class C>
-__device__ __forceinline__ void fa_prepare_block(const fa_fwd_sm90_params &, const fa_query_tile &, int, int,
-                                                 fa_mod_block &)
-{
-}
-
-template <class C>
-__device__ __forceinline__ void fa_prepare_block(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row,
-                                                 int key, fa_mod_block &m)
-{
-    if constexpr (C::OPTIONS == FA_DROPOUT)
-        fa_fetch_kept<C::BN>(p, t, fa_mod_place_of(row, key), m);
 }
 
 template <class C> __device__ __forceinline__ uint32_t fa_k_at(const fa_consumer<C> &c)
@@ -425,7 +418,6 @@ __device__ __forceinline__ void fa_first_block(const P &p, fa_fwd_sm90_shared<C>
 {
     int row = t.row + 64 * c.warpgroup, key = block * C::BN;
     fa_mod_block m;
-    fa_prepare_block<C>(p, t, row, key, m);
     fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     fa_wgmma_hold(s);
@@ -497,7 +489,6 @@ __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> 
 {
     int row = t.row + 64 * c.warpgroup, key = block * C::BN;
     fa_mod_block m;
-    fa_prepare_block<C>(p, t, row, key, m);
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     if (fresh)
         fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);

@@ -7,19 +7,18 @@
 
 #include <float.h>
 
-#include "../../common/fa_philox.h"
 #include "../ptx/ptx_sm80.cuh"
 #include "../tile/softmax.cuh"
 #include "../tile/store_rows.cuh"
 #include "fwd_sm90_tiles.cuh"
+#include "sm90_dropout.cuh"
 
 #define FA_LOG2E 1.4426950408889634f
 
 /* Of one thread. An element is named by i, its row (first + 8 i), c, its group of 8 columns, and x, one of two. */
 struct fa_mod_block {
     uint32_t seen[2]; /* bool mask: bit fa_seen_bit(c, x) of seen[i] */
-    uint32_t kept[2]; /* dropout: bit 8 (2 i + x) + 7 - c / 2 of kept[c % 2] */
-    char *mask;       /* the warp's part of the mask, in shared memory */
+    char *mask;       /* the warp's part of the mask, in shared memory; with dropout alone fa_fetch_columns' place */
     bool climbs;      /* the block's maximum is to be looked for at once */
     bool tame;        /* a float mask that hides nothing, and nothing in it is large */
     bool late;        /* scores are made together with their weights: fa_late_scores */
@@ -325,71 +324,63 @@ template <int BN> __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_t
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
 
-/* fa_philox with the keys of its rounds at hand */
-__device__ __forceinline__ fa_philox4 fa_philox_of(const fa_fwd_sm90_mod_params &p, uint32_t c0, uint32_t c1,
-                                                   uint32_t c2)
+__device__ __forceinline__ uint32_t fa_dropout_head(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t)
 {
-    uint32_t c3 = 0;
-#pragma unroll
-    for (int round = 0; round < FA_PHILOX_ROUNDS; round++) {
-        uint64_t p0 = (uint64_t)FA_PHILOX_M0 * c0, p1 = (uint64_t)FA_PHILOX_M1 * c2;
-        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ p.keys[round][0];
-        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ p.keys[round][1];
-        c1 = (uint32_t)p1;
-        c3 = (uint32_t)p0;
-    }
-    return {{c0, c1, c2, c3}};
+    return (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h);
 }
 
-/* Two instructions; the compiler takes three. */
-__device__ __forceinline__ void fa_set_if_kept(uint32_t &bits, uint32_t word, uint32_t threshold, uint32_t bit)
-{
-    asm("{\n\t.reg .pred p;\n\tsetp.hs.u32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}"
-        : "+r"(bits)
-        : "r"(word), "r"(threshold), "r"(bit));
-}
-
-/* Four keys of a query share one evaluation, and two lanes of a quad share these four keys: each of the two does every
- * second group of 8 columns for both. */
+/* Lane i of a warp computes what column i of the block's BN / 4 adds to random numbers, for all of the warp's rows. */
 template <int BN>
-__device__ __forceinline__ void fa_fetch_kept(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
-                                              fa_mod_block &m)
+__device__ __forceinline__ void fa_fetch_columns(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int key,
+                                                 char *columns)
 {
-    int lane = threadIdx.x % 4, odd = lane % 2;
-    uint32_t bh = (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h), four = (uint32_t)(at.column - 2 * lane) / 4;
-    uint32_t low = 0, high = 0; /* keys 0, 1 and 2, 3 of each evaluation */
-    four += lane / 2 + 2 * odd;
-#pragma unroll 2
-    for (int a = 0; a < BN / 16; a++) {
-        low <<= 1;
-        high <<= 1;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            fa_philox4 r = fa_philox_of(p, four + 4 * a, (uint32_t)(at.row + 8 * i), bh);
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                fa_set_if_kept(low, r.word[x], p.threshold, 1u << 8 * (2 * i + x));
-                fa_set_if_kept(high, r.word[2 + x], p.threshold, 1u << 8 * (2 * i + x));
-            }
-        }
-    }
-    low <<= 8 - BN / 16;
-    high <<= 8 - BN / 16;
-    uint32_t mine = odd ? high : low, got = __shfl_xor_sync(0xffffffff, odd ? low : high, 1);
-    m.kept[0] = odd ? got : mine;
-    m.kept[1] = odd ? mine : got;
+    int lane = threadIdx.x % FA_WARP;
+    if (lane < BN / 4)
+        ((uint4 *)columns)[lane] =
+            fa_draw_column(p.dropout, fa_dropout_column((uint32_t)key) + lane, fa_dropout_head(p, t));
+    __syncwarp();
 }
 
-/* Packed weights become 0 where they are dropped: the sign of a byte, repeated, is the mask of an element. */
-template <int BN> __device__ __forceinline__ void fa_drop(uint32_t (&w)[BN / 4], const fa_mod_block &m)
-{
-#pragma unroll
-    for (int j = 0; j < BN / 4; j++) {
-        uint32_t bits = m.kept[j / 2 % 2] << j / 4, mask;
-        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(bits), "r"(j % 2 ? 0xbbaa : 0x9988));
-        w[j] &= mask;
+/* What the softmax does with its weights, 16 keys at a time: an evaluation serves eight of this thread's, a pair of columns
+ * in two groups of 8, in both rows. ALONE: no other option, and not OFTEN; what its columns add lies in shared memory. */
+template <bool ALONE> struct fa_dropping {
+    const fa_sm90_dropout &d;
+    uint32_t column, bh; /* of the first evaluation; ALONE: where it lies */
+    uint2 row;
+
+    __device__ __forceinline__ fa_dropping(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
+                                           const char *columns)
+        : d(p.dropout), bh(fa_dropout_head(p, t))
+    {
+        column = ALONE ? fa_shared_address(columns) + threadIdx.x % 4 * 16 : fa_dropout_column((uint32_t)at.column);
+        row = fa_draw_row(d, fa_dropout_row((uint32_t)at.row), bh);
     }
-}
+
+    __device__ __forceinline__ void tie(float &x, uint32_t kept) const
+    {
+        x = __uint_as_float(__float_as_uint(x) ^ kept & d.zero);
+    }
+
+    /* Beside the special function, not before: that is what `volatile` is for. */
+    __device__ __forceinline__ void operator()(uint32_t (&kept)[4], int a) const
+    {
+        uint4 own;
+        if (ALONE) {
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(own.x), "=r"(own.y), "=r"(own.z), "=r"(own.w)
+                         : "r"(column + 64 * a)
+                         : "memory");
+        } else {
+            uint32_t at = column + 4 * a;
+            asm volatile("" : "+r"(at));
+            own = fa_draw_column(d, at, bh);
+        }
+        fa_philox4 r = fa_draw_signs<!ALONE>(d, own, row);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            kept[i / 2 + i % 2 * 2] = fa_mask_of_signs(r.word[i], 0xbb99) ^ (ALONE ? 0 : d.flip);
+    }
+};
 
 /* ---- a block ----------------------------------------------------------------------------------------------------- */
 
@@ -427,8 +418,6 @@ __device__ __forceinline__ void fa_mod_fetch(const fa_fwd_sm90_mod_params &p, in
     } else if ((what & (FA_MOD_BIAS | FA_MOD_WIDE)) == FA_MOD_BIAS) {
         fa_fetch_bias_singly<BN>(p, t, at, m.mask);
     }
-    if (what & FA_MOD_DROPOUT)
-        fa_fetch_kept<BN>(p, t, at, m);
 }
 
 /* Scores in units of log2: scale, softcap, float mask, ALiBi. */
@@ -548,8 +537,8 @@ __device__ __forceinline__ fa_rows_out fa_mod_finish(const fa_fwd_sm90_mod_param
                 sum = sum * shrink + fa_exp2(t.sink - top);
             }
         }
-        f.empty[i] = blind || !query || p.keep == 0.f;
-        f.factor[i] = fa_reciprocal(sum) * shrink * p.keep;
+        f.empty[i] = blind || !query || p.dropout.factor == 0.f;
+        f.factor[i] = fa_reciprocal(sum) * shrink * p.dropout.factor;
         f.lse[i] = (top + fa_log2(sum)) * 0.693147180559945f;
         if (top <= -FLT_MAX && !isnan(sum)) /* where a float mask was cut off */
             f.lse[i] = -FLT_MAX;

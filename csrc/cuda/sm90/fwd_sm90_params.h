@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../../fa.h"
+#include "sm90_dropout.cuh"
 
 typedef struct fa_fwd_sm90_view {
     const void *data;
@@ -38,6 +39,7 @@ enum {
     FA_MOD_DROPOUT = 32,
     FA_MOD_SCALED = 64,  /* scores come to units of log2 before the softmax; scale_log2 is then 1 */
     FA_MOD_WIDE = 128,   /* the mask is of float32 */
+    FA_MOD_OFTEN = 256,  /* with DROPOUT: of more than a half */
 };
 
 /* What an instance is for: nothing but causal and windows; also lengths, packed rows and sinks; all options; or, with
@@ -63,9 +65,7 @@ typedef struct fa_fwd_sm90_mod_params {
     float cap;             /* softcap in units of log2 */
     float cap_terms[4];    /* of a small s, it is s times a polynomial in s^2 of these coefficients; */
     float cap_limit;       /* small: s^2 is at most this */
-    float keep;            /* what dropout multiplies kept weights by */
-    uint32_t threshold;    /* random words below it drop */
-    uint32_t keys[10][2];  /* of the rounds of Philox */
+    fa_sm90_dropout dropout;
     int64_t mask[4];       /* strides of the mask in elements, 0 where it is broadcast */
     uint32_t *next_unit;   /* where pieces of work are handed out one by one: the next, then for each the one that its
                               thread block had before it; NULL: in turn */

@@ -98,9 +98,10 @@ __device__ __forceinline__ bool fa_mod_keeps(const fa_fwd_sm90_mod_params &p, co
 {
     if (!(p.what & FA_MOD_DROPOUT))
         return true;
-    uint32_t bh = (uint32_t)((p.a.first_batch + t.n) * p.plain.HQ + t.h);
-    fa_philox4 r = fa_philox_of(p, (uint32_t)j / 4, (uint32_t)i, bh);
-    return (j & 2 ? (j & 1 ? r.word[3] : r.word[2]) : (j & 1 ? r.word[1] : r.word[0])) >= p.threshold;
+    uint32_t bh = fa_dropout_head(p, t);
+    uint4 column = fa_draw_column(p.dropout, fa_dropout_column((uint32_t)j), bh);
+    fa_philox4 r = fa_draw_signs<true>(p.dropout, column, fa_draw_row(p.dropout, fa_dropout_row((uint32_t)i), bh));
+    return (fa_dropout_bits(&r, (uint32_t)i, (uint32_t)j) ^ p.dropout.flip) & 0x8000u;
 }
 
 /* As fa_repair_row; the sum of the weights is taken anew, since a log-sum-exp of the least float is not exact. */
@@ -133,7 +134,7 @@ __device__ __forceinline__ void fa_mod_repair_row(const fa_fwd_sm90_mod_params &
 #pragma unroll
     for (int i = 0; i < DV / FA_WARP; i++)
         if (lane + i * FA_WARP < f.DV)
-            out[lane + i * FA_WARP].bits = (uint16_t)fa_pack<T>(sum[i] * p.keep / total, 0.f);
+            out[lane + i * FA_WARP].bits = (uint16_t)fa_pack<T>(sum[i] * p.dropout.factor / total, 0.f);
 }
 
 /* This warp's rows of all tiles of this thread block once more, from the last piece of work to the first. */

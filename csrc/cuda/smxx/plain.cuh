@@ -40,7 +40,7 @@ __device__ static fa_plain_head fa_plain_head_at(const fa_args *a, int64_t n, in
     p.mask_k = s.mask_k;
     p.mask_first = s.mask_first;
     p.threshold = s.threshold;
-    p.keep_scale = a->dropout_p < 1 ? 1 / (1 - a->dropout_p) : 0;
+    p.keep_scale = fa_dropout_factor(a->dropout_p);
     return p;
 }
 
@@ -75,7 +75,7 @@ __device__ static fa_plain_score fa_plain_score_of(const fa_plain_head &p, int64
     return s;
 }
 
-/* What dropout makes of a weight: times 1 / (1 - p) when kept, else 0. */
+/* What dropout makes of a weight: times fa_dropout_factor when kept, else 0. */
 __device__ __forceinline__ double fa_plain_dropout(const fa_plain_head &p, int64_t i, int64_t j)
 {
     const fa_args *a = p.a;

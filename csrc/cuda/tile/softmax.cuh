@@ -108,16 +108,29 @@ template <int BN, class Scores> __device__ __forceinline__ void fa_raise_maximum
     r.blind = __any_sync(0xffffffff, r.m[0] == -CUDART_INF_F || r.m[1] == -CUDART_INF_F);
 }
 
+/* No weight is dropped. */
+struct fa_keeping {
+    __device__ __forceinline__ void operator()(uint32_t (&kept)[4], int) const
+    {
+        kept[0] = kept[1] = kept[2] = kept[3] = ~0u;
+    }
+    __device__ __forceinline__ void tie(float &, uint32_t) const
+    {
+    }
+};
+
 /* w becomes the weights of the block's keys, rounded to T, as the A operand of the product with V; r is brought up to
- * date. */
-template <typename T, int BN, class Scores>
-__device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[BN / 4], fa_rows &r)
+ * date. drop(kept, a) makes masks of w[4 a] .. w[4 a + 3], of 16 keys: the sums are of all weights. */
+template <typename T, int BN, class Scores, class Drop = fa_keeping>
+__device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[BN / 4], fa_rows &r,
+                                                 const Drop &drop = fa_keeping())
 {
     float sum[2];
     r.grown = false;
     bool raise = r.blind;
     do {
         float base[2];
+        uint32_t kept[4];
         if (raise) {
             s.renew();
             fa_raise_maximum<BN>(s, r);
@@ -131,11 +144,16 @@ __device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[
         }
 #pragma unroll
         for (int j = 0; j < BN / 4; j++) {
+            if (j % 4 == 0) {
+                if (j > 0)
+                    drop.tie(base[j / 4 % 2], kept[3]);
+                drop(kept, j / 4);
+            }
             float2 e = s.powers(j, base[j % 2]);
             float x = fa_exp2(e.x), y = fa_exp2(e.y);
             sum[j % 2] += x;
             sum[j % 2] += y;
-            w[j] = fa_pack<T>(x, y);
+            w[j] = fa_pack<T>(x, y) & kept[j % 4];
         }
         raise = !raise && __any_sync(0xffffffff, fmaxf(sum[0], sum[1]) > FA_WEIGHTS_LIMIT);
     } while (raise);

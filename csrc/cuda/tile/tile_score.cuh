@@ -51,7 +51,7 @@ __device__ static fa_scores fa_scores_of(const fa_args *a, const fa_seq *s, int6
     p.left = s->span.left < 0 || s->span.left > INT32_MAX ? INT32_MAX : (int)s->span.left;
     p.right = s->span.right < 0 || s->span.right > INT32_MAX ? INT32_MAX : (int)s->span.right;
     p.dropout = a->dropout_p > 0;
-    p.threshold = fa_dropout_threshold(a->dropout_p < 1 ? a->dropout_p : 0);
+    p.threshold = fa_dropout_threshold(a->dropout_p);
     p.seed = a->dropout_seed;
     p.bh = (uint32_t)((a->first_batch + s->n) * a->q.size[1] + h);
     return p;
@@ -81,7 +81,7 @@ struct fa_row_end {
     double lse;  /* natural log */
 };
 
-/* m: maximum score in units of log2; l: sum of 2^(s - m); keep: 1 / (1 - dropout_p). A sink is one more key whose value
+/* m: maximum score in units of log2; l: sum of 2^(s - m); keep: fa_dropout_factor. A sink is one more key whose value
  * is 0. */
 __device__ static fa_row_end fa_finish_row(const fa_args *a, int64_t n, int64_t h, float m, float l, float keep)
 {
@@ -105,7 +105,7 @@ __device__ static fa_row_end fa_finish_row(const fa_args *a, int64_t n, int64_t 
 
 __device__ static fa_row_end fa_finish_row(const fa_args *a, int64_t n, int64_t h, float m, float l)
 {
-    return fa_finish_row(a, n, h, m, l, a->dropout_p < 1 ? (float)(1 / (1 - a->dropout_p)) : 0);
+    return fa_finish_row(a, n, h, m, l, (float)fa_dropout_factor(a->dropout_p));
 }
 
 #endif
