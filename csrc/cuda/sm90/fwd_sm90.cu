@@ -96,6 +96,8 @@ static int what_of(const fa_args *a)
     int what = !m->data ? 0 : m->dtype == FA_BOOL ? FA_MOD_BITS : FA_MOD_BIAS;
     what |= what & FA_MOD_BIAS && m->dtype == FA_F32 ? FA_MOD_WIDE : 0;
     what |= what && m->dtype != FA_F32 && m->size[3] == a->k.size[2] && has_whole_pieces(m) ? FA_MOD_VECTORS : 0;
+    bool padding = m->size[2] == 1 || m->stride[2] == 0;
+    what |= what & FA_MOD_BITS && padding ? FA_MOD_PADDING : 0;
     what |= a->softcap > 0 ? FA_MOD_CAP : 0;
     what |= a->alibi.data ? FA_MOD_ALIBI : 0;
     what |= a->dropout_p > 0 ? FA_MOD_DROPOUT : 0;
@@ -268,6 +270,14 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_instance_at(int i)
     return i < (int)(sizeof all / sizeof all[0]) ? all[i] : NULL;
 }
 
+/* The options of the instance for just what the call does. */
+static int options_of(const fa_args *a)
+{
+    int what = what_of(a);
+    bool padding = (what | FA_MOD_VECTORS) == (FA_MOD_BITS | FA_MOD_VECTORS | FA_MOD_PADDING);
+    return fa_fwd_sm90_is_plain(a) ? FA_PLAIN : padding ? FA_LENGTHS : what;
+}
+
 /* The narrowest head dimensions that hold the call's, of the instances with these options; NULL: there is none. */
 static const fa_sm90_instance *narrowest(const fa_args *a, int options)
 {
@@ -285,7 +295,7 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a)
 #define FA_PICK(name) (a->q.dtype == FA_BF16 ? &fa_fwd_sm90_bf16_##name : &fa_fwd_sm90_f16_##name)
     if (a->q.dtype == FA_F32)
         return a->q.size[3] <= 64 && a->v.size[3] <= 64 ? &fa_fwd_sm90_f32_hd64 : &fa_fwd_sm90_f32_hd128;
-    const fa_sm90_instance *f = narrowest(a, fa_fwd_sm90_is_plain(a) ? FA_PLAIN : what_of(a));
+    const fa_sm90_instance *f = narrowest(a, options_of(a));
     bool band = a->window_left >= 0 || a->window_right >= 0;
     if (f == FA_PICK(hd64) && band && a->q.size[2] <= 2048)
         return FA_PICK(hd64_bm128);

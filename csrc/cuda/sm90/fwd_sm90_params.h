@@ -38,10 +38,11 @@ enum {
     FA_MOD_DROPOUT = 32,
     FA_MOD_SCALED = 64,  /* scores come to units of log2 before the softmax; scale_log2 is then 1 */
     FA_MOD_WIDE = 128,   /* the mask is of float32 */
+    FA_MOD_PADDING = 256, /* a bool mask, the same for all queries of a head */
 };
 
-/* What an instance is for: nothing but causal and windows; also lengths, packed rows and sinks; all options; or, with
- * lengths and so on, calls of which FA_MOD_* say just this. */
+/* What an instance is for: nothing but causal and windows; also lengths, packed rows, sinks and a padding mask; all
+ * options; or, with lengths and so on, calls of which FA_MOD_* say just this. */
 enum {
     FA_ALL = -2,
     FA_PLAIN = -1,

@@ -45,19 +45,15 @@ __device__ __forceinline__ float fa_quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-/* Scores of keys that a row does not see become -inf. Row i sees i + lo_shift <= j < i + hi_shift and j < keys; ROWS:
- * if it is below rows. */
-template <int BN, bool ROWS = false>
-__device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int key, int keys, int lo_shift, int hi_shift,
-                                             int rows = 0)
+/* Scores of keys that a row does not see become -inf. Row i sees i + lo_shift <= j < i + hi_shift and j < keys. */
+template <int BN>
+__device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int key, int keys, int lo_shift, int hi_shift)
 {
     int lane = threadIdx.x % FA_WARP, warp = threadIdx.x / FA_WARP % 4;
     int first = row + 16 * warp + lane / 4, column = key + 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int lo = first + 8 * i + lo_shift - column, hi = min(keys, first + 8 * i + hi_shift) - column;
-        if (ROWS && first + 8 * i >= rows)
-            hi = lo;
 #pragma unroll
         for (int c = 0; c < BN / 8; c++) {
 #pragma unroll

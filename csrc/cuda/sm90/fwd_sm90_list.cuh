@@ -1,0 +1,160 @@
+/* Which blocks of keys a tile of the Hopper forward kernel is computed against, where that is more than a range: the warp
+ * that finds tiles lists the blocks that hold a key which a padding mask (a bool mask, the same for all queries of a
+ * head) lets through, with the mask as bits, and all other warps go by the list. What is hidden as a whole costs nothing
+ * wherever it lies, and what is seen as a whole costs what it does without a mask.
+ *
+ *   warp that finds tiles    a tile into the ring of tiles, its blocks into the ring of listed blocks
+ *   thread that loads        takes a listed block; where a stage of K is free, writes the block beside it, and loads K
+ *   warps that compute       wait for K, and find beside it which block it is
+ */
+#ifndef FA_FWD_SM90_LIST_CUH
+#define FA_FWD_SM90_LIST_CUH
+
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/warpgroup.cuh"
+#include "fwd_sm90_mod.cuh"
+#include "fwd_sm90_tiles.cuh"
+
+struct alignas(16) fa_listed {
+    int32_t tile;     /* its place in the ring; -1: this is the end, and */
+    int32_t block;    /* this the last piece of work of the thread block */
+    int32_t what;     /* FA_FRESH, .. */
+    int32_t tail;     /* rows of V that belong to the sequence; BN: none to be cleared */
+    uint32_t seen[4]; /* padding mask: a bit for each key */
+};
+
+enum {
+    FA_FRESH = 1, /* the first of its tile */
+    FA_LAST = 2,
+    FA_MIXED = 4, /* the mask hides some of its keys */
+    FA_LISTED = 8 /* blocks in the ring */
+};
+
+template <int STAGES, class Base> struct fa_list_shared : Base {
+    fa_listed listed[FA_LISTED], at_hand[STAGES];
+    uint64_t listed_full[FA_LISTED], listed_empty[FA_LISTED];
+};
+
+/* ---- the warp that finds tiles ----------------------------------------------------------------------------------- */
+
+/* A padding mask's bits of 1024 keys: each lane has 32 of them. */
+struct fa_padding {
+    uint32_t own;  /* behind the last key 0 */
+    uint32_t some; /* lanes with a key that is seen */
+    uint32_t all;  /* lanes without a key that is hidden */
+};
+
+enum { FA_PADDING_KEYS = 1024 };
+
+/* Keys first .. first + 1023, of those that the tile needs. */
+template <int BN>
+__device__ __forceinline__ fa_padding fa_read_padding(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int first)
+{
+    const int lane = threadIdx.x % FA_WARP, lo = t.block_lo * BN, hi = min(t.k_len, t.block_hi * BN);
+    const uint8_t *row = (const uint8_t *)p.a.mask.data + t.n * p.mask[0] + t.h * p.mask[1] + first * p.mask[3];
+    fa_padding m = {};
+    if (p.mask[3] == 1 && first + FA_PADDING_KEYS <= p.plain.SK && (uintptr_t)row % 16 == 0) {
+        const uint4 *w = (const uint4 *)row + 2 * lane;
+        m.own = __byte_perm(fa_bools_to_bits(w[0]), fa_bools_to_bits(w[1]), 0x5410);
+    } else {
+#pragma unroll 8
+        for (int i = 0; i < FA_WARP; i++) {
+            int at = FA_WARP * i + lane;
+            bool seen = first + at >= lo && first + at < hi && row[at * p.mask[3]];
+            uint32_t word = __ballot_sync(0xffffffff, seen);
+            m.own = lane == i ? word : m.own;
+        }
+    }
+    const int keys = hi - first - FA_WARP * lane;
+    const uint32_t behind = keys >= FA_WARP ? 0 : 0xffffffffu << max(keys, 0);
+    m.own &= ~behind;
+    m.some = __ballot_sync(0xffffffff, m.own != 0);
+    m.all = __ballot_sync(0xffffffff, (m.own | behind) == 0xffffffffu);
+    return m;
+}
+
+/* The block that was written last is handed on. */
+template <class Shared> __device__ __forceinline__ void fa_list_pass(Shared &s, fa_stage<FA_LISTED> &to)
+{
+    __syncwarp();
+    if (threadIdx.x % FA_WARP == 0)
+        fa_mbar_arrive(&s.listed_full[to.index]);
+    to.next();
+}
+
+/* Lists the blocks of the tile at this place; false: there are none. One is handed on when the next is found, since
+ * only then it is known not to be the last. */
+template <class C, class Shared>
+__device__ __forceinline__ bool fa_list_blocks(const fa_fwd_sm90_mod_params &p, Shared &s, int place,
+                                               fa_stage<FA_LISTED> &to)
+{
+    constexpr int WORDS = C::BN / 32, BLOCKS = FA_PADDING_KEYS / C::BN;
+    const fa_mod_tile &t = s.tiles[place];
+    const int lane = threadIdx.x % FA_WARP, lo = t.block_lo, hi = t.block_hi;
+    fa_padding m = {0xffffffffu, 0xffffffffu, 0xffffffffu};
+    bool any = false;
+    for (int block = hi - 1; block >= lo; block--) {
+        if (p.a.mask.data && (block == hi - 1 || block % BLOCKS == BLOCKS - 1))
+            m = fa_read_padding<C::BN>(p, t, block / BLOCKS * FA_PADDING_KEYS);
+        const int shift = block % BLOCKS * WORDS;
+        const uint32_t lanes = ((1u << WORDS) - 1) << shift;
+        if (!(m.some & lanes))
+            continue;
+        if (any)
+            fa_list_pass(s, to);
+        fa_mbar_wait(&s.listed_empty[to.index], to.parity ^ 1);
+        fa_listed &l = s.listed[to.index];
+        if (lane == 0) {
+            l.tile = place;
+            l.block = block;
+            l.what = (any ? 0 : FA_FRESH) | ((m.all & lanes) == lanes ? 0 : FA_MIXED);
+            l.tail = block == hi - 1 ? t.tail : C::BN;
+        }
+        if (lanes >> lane & 1)
+            l.seen[lane - shift] = m.own;
+        any = true;
+    }
+    if (any) {
+        if (lane == 0)
+            s.listed[to.index].what |= FA_LAST;
+        fa_list_pass(s, to);
+    }
+    return any;
+}
+
+template <class Shared>
+__device__ __forceinline__ void fa_list_end(Shared &s, uint32_t last_unit, fa_stage<FA_LISTED> &to)
+{
+    fa_mbar_wait(&s.listed_empty[to.index], to.parity ^ 1);
+    if (threadIdx.x % FA_WARP == 0) {
+        s.listed[to.index].tile = -1;
+        s.listed[to.index].block = (int32_t)last_unit;
+    }
+    fa_list_pass(s, to);
+}
+
+/* ---- the warps that compute -------------------------------------------------------------------------------------- */
+
+/* Of the bits of a block's keys those of this thread's columns: bit fa_padding_bit(c, x). */
+__device__ __forceinline__ constexpr int fa_padding_bit(int c, int x)
+{
+    return c % 4 * 8 + c / 4 * 2 + x;
+}
+
+template <int BN> __device__ __forceinline__ uint32_t fa_take_padding(const fa_listed &l)
+{
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < BN / 32; i++)
+        bits |= (l.seen[i] >> threadIdx.x % 4 * 2 & 0x03030303u) << 2 * i;
+    return bits;
+}
+
+template <int BN> __device__ __forceinline__ void fa_hide_padding(float (&s)[BN / 2], uint32_t seen)
+{
+#pragma unroll
+    for (int e = 0; e < BN / 2; e++)
+        s[e] = seen >> fa_padding_bit(e / 4, e % 2) & 1 ? s[e] : -CUDART_INF_F;
+}
+
+#endif
