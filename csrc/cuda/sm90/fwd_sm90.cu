@@ -167,19 +167,22 @@ static void fill_dropout(fa_fwd_sm90_mod_params *p, const fa_args *a)
     }
 }
 
-/* tanh x = x P(x^2) to 6e-7 for |x| <= 1/2. */
+/* tanh x = x P(x^2) to 1.2e-6 for |x| <= 0.4, which is 1e-4 of a score, and of its weight, with a cap of 80; with larger
+ * ones, to 5e-8 for |x| <= 1/4, and to 1.4e-6 of small scores. */
 static void fill_softcap(fa_fwd_sm90_mod_params *p, const fa_args *a)
 {
-    const double terms[] = {0.9999994557894095, -0.3332631797198141, 0.13190296720255157, -0.04440222503710389};
+    static const double wide[] = {0.9999788324, -0.3322542888, 0.1194240851};
+    static const double narrow[] = {0.9999986331, -0.3331570228, 0.1276224129};
+    const double *terms = a->softcap > 80 ? narrow : wide, limit = a->softcap > 80 ? 0.25 : 0.4;
     const double log2e = 1.4426950408889634;
     p->scale = (float)(a->softcap > 0 ? a->scale / a->softcap : a->scale * log2e);
     if (a->softcap <= 0)
         return;
     double square = (a->scale / a->softcap) * (a->scale / a->softcap), power = a->scale * log2e;
     p->cap = (float)(a->softcap * log2e);
-    for (int i = 0; i < 4; i++, power *= square)
+    for (int i = 0; i < 3; i++, power *= square)
         p->cap_terms[i] = (float)(terms[i] * power);
-    p->cap_limit = isfinite(p->cap_terms[0]) && isfinite(p->cap_terms[3]) ? (float)(0.25 / square) : -1;
+    p->cap_limit = isfinite(p->cap_terms[0]) && isfinite(p->cap_terms[2]) ? (float)(limit * limit / square) : -1;
 }
 
 static void fill_mod(fa_fwd_sm90_mod_params *p, const fa_args *a, const fa_sm90_instance *f, int processors)

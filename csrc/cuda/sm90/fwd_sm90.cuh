@@ -56,8 +56,11 @@ template <class C> struct fa_consumer {
     bool spoilt = false;             /* this thread held a result that is not finite */
     int mask = 0;                    /* which of the two places holds the mask of the block at hand */
     fa_stage<C::FETCHED> fs;         /* where what is fetched for it lies */
-    int full_lo, full_hi;            /* in blocks that begin at these keys or between, all queries see all, but for */
-    bool mixed;                      /* a padding mask that hides some keys of the block at hand */
+    int full_lo, full_hi;            /* in blocks that begin at these keys or between, all queries see all, but for a
+                                        padding mask */
+    fa_stage<FA_LISTED> ls;          /* place of the block at hand in the list, */
+    uint32_t what;                   /* and of the next block what the list says */
+    int block, row;
     bool ragged;                     /* fa_is_ragged */
 };
 
@@ -148,14 +151,24 @@ __device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, f
     if (c.ragged)
         fa_clear_rows(s, t, row);
     bool full = __all_sync(0xffffffff, key >= c.full_lo && key <= c.full_hi);
-    m.late = full && fa_can_be_late<C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s);
+    m.late = full && fa_can_be_late<C::BN, C::OPTIONS>(t, fa_mod_place_of(row, key), m);
     if (m.late)
         return;
     fa_mod_scores<typename C::T, C::BN>(p, fa_what<C>(p), t, row, key, m, s);
     if (!full)
         fa_hide_keys<C::BN>(s, row, key, t.k_len, t.lo_shift, t.hi_shift);
-    if (C::LISTED && c.mixed)
+    if (C::LISTED && m.mixed)
         fa_hide_padding<C::BN>(s, m.seen[0]);
+}
+
+/* The next block of the list. A reduction's result is the same for all threads to the assembler as well. */
+template <class C> __device__ __forceinline__ void fa_look_up(fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c)
+{
+    fa_mbar_wait(&sh.listed_full[c.ls.index], c.ls.parity);
+    const fa_listed &l = sh.listed[c.ls.index];
+    c.what = __reduce_or_sync(0xffffffff, l.what);
+    c.block = l.block;
+    c.row = l.row;
 }
 
 template <class C>
@@ -172,9 +185,11 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
         c.mask ^= 1;
     }
     if constexpr (C::LISTED) {
-        if (c.mixed)
-            m.seen[0] = fa_take_padding<C::BN>(sh.at_hand[c.ks.index]);
-        __syncwarp();
+        m.mixed = c.what & FA_MIXED;
+        if (m.mixed)
+            m.seen[0] = fa_take_padding<C::BN>(sh.listed[c.ls.index]);
+        c.ls.next();
+        fa_look_up<C>(sh, c);
     }
     if constexpr (C::FETCH) {
         fa_mbar_wait(&sh.fetched_full[c.fs.index], c.fs.parity);
@@ -197,11 +212,14 @@ __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, 
                                                const fa_mod_block &m)
 {
     r.blind = r.blind || m.climbs;
-    if (m.late)
-        fa_softmax_block<typename C::T, C::BN>(
-            fa_late_scores_of<typename C::T, C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s), w, r);
-    else
+    bool done = m.late &&
+                fa_softmax_block<typename C::T, C::BN>(
+                    fa_late_scores_of<typename C::T, C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s), w, r);
+    if (!done) {
+        if (C::OPTIONS == FA_CAP && m.late)
+            fa_softcap_near(s, p);
         fa_softmax_block<typename C::T, C::BN>(fa_scores_at_hand<C::BN>{s, p.plain.scale_log2}, w, r);
+    }
     if (fa_what<C>(p) & FA_MOD_DROPOUT)
         fa_drop<C::BN>(w, m);
     if constexpr (C::FETCH) {
@@ -314,11 +332,10 @@ __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> 
                                               float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2],
                                               fa_rows &r)
 {
-    int row = t.row + 64 * c.warpgroup, key = block * C::BN;
+    int row = (C::LISTED ? c.row : t.row) + 64 * c.warpgroup, key = block * C::BN;
     fa_mod_block m;
     fa_prepare_block<C>(p, t, row, key, m);
-    if (!C::LISTED) /* else it is what told of the block */
-        fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
+    fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     if (fresh)
         fa_mbar_wait(&sh.q_full[c.warpgroup], c.q_parity);
     fa_turn_wait(c);
@@ -485,25 +502,20 @@ __device__ __forceinline__ void fa_consume_listed(const fa_fwd_sm90_mod_params &
     float s[C::BN / 2], o[C::DV / 2] = {};
     uint32_t w[C::BN / 4];
     fa_rows r;
-    int done = -1, block; /* tile and block before */
-    for (;;) {
-        fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
-        const fa_listed &l = sh.at_hand[c.ks.index];
-        const int tile = __reduce_max_sync(0xffffffff, l.tile), what = __reduce_or_sync(0xffffffff, l.what);
-        block = l.block;
-        if (tile < 0)
-            break;
-        bool start = done < 0, fresh = what & FA_FRESH, last = what & FA_LAST;
-        c.mixed = what & FA_MIXED;
-        fa_next_block<C>(p, sh, c, sh.tiles[tile], block, start, fresh, last, done, s, w, o, r);
-        done = tile;
+    int done = -1; /* place of the tile before */
+    fa_look_up<C>(sh, c);
+    while (!(c.what & FA_END)) {
+        const int place = c.what / FA_PLACE;
+        fa_next_block<C>(p, sh, c, sh.tiles[place], c.block, done < 0, c.what & FA_FRESH, c.what & FA_LAST, done, s, w, o,
+                         r);
+        done = place;
     }
     if (done < 0)
         return;
     fa_last_product<C>(sh, c, w, o);
     fa_store_tile<C>(p, sh, c, done, o, r);
     if (p.plain.hides && __any_sync(0xffffffff, c.spoilt))
-        fa_mod_repair_tiles<C>(p, (uint32_t)block, warpgroup);
+        fa_mod_repair_tiles<C>(p, (uint32_t)c.block, warpgroup);
 }
 
 /* ---- kernel ------------------------------------------------------------------------------------------------------ */

@@ -16,12 +16,12 @@ template <int BM>
 __device__ __forceinline__ void fa_mod_fill_blind(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t)
 {
     const fa_fwd_sm90_view &v = p.plain.out;
-    int lane = threadIdx.x % FA_WARP, chunks = p.plain.DV / 8, end = min(t.row + BM, t.q_rows);
+    int lane = threadIdx.x % FA_WARP, end = min(t.row + BM, t.q_rows);
     char *out = (char *)v.data + 2 * (t.b * v.batch + t.h * v.head + t.q_row * v.row);
     float *lse = p.plain.lse + ((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row;
-    for (int row = t.row; row < end; row++)
-        for (int c = lane; c < chunks; c += FA_WARP)
-            *(uint4 *)(out + 2 * (row * v.row + 8 * c)) = make_uint4(0, 0, 0, 0);
+    for (int row = t.row + lane / 4; row < end; row += 8)
+        for (int d = lane % 4 * 8; d < p.plain.DV; d += 32)
+            *(uint4 *)(out + 2 * (row * v.row + d)) = make_uint4(0, 0, 0, 0);
     for (int row = t.row + lane; row < end; row += FA_WARP)
         lse[row] = row < t.q_len && p.a.sinks.data ? t.sink * 0.693147180559945f : -INFINITY;
 }
@@ -181,11 +181,12 @@ template <class C, class Shared> __device__ __forceinline__ void fa_clear_listed
     uint32_t parities = 0;
     for (;; from.next(), vs.next()) {
         fa_mbar_wait(&s.listed_full[from.index], from.parity);
-        int tile = s.listed[from.index].tile, tail = s.listed[from.index].tail;
+        uint32_t what = s.listed[from.index].what;
+        int tail = s.listed[from.index].tail;
         __syncwarp();
         if (threadIdx.x % FA_WARP == 0)
             fa_mbar_arrive(&s.listed_empty[from.index]);
-        if (tile < 0)
+        if (what & FA_END)
             return;
         if (tail < C::BN) {
             fa_clear_tail<C>(s, vs.index, tail, parities >> vs.index & 1);

@@ -3,9 +3,11 @@
  * head) lets through, with the mask as bits, and all other warps go by the list. What is hidden as a whole costs nothing
  * wherever it lies, and what is seen as a whole costs what it does without a mask.
  *
- *   warp that finds tiles    a tile into the ring of tiles, its blocks into the ring of listed blocks
- *   thread that loads        takes a listed block; where a stage of K is free, writes the block beside it, and loads K
- *   warps that compute       wait for K, and find beside it which block it is
+ *   warp that finds tiles    a tile into the ring of tiles, its blocks into the ring of listed blocks, ahead of need
+ *   thread that loads        K and V of the listed blocks, one after the other
+ *   warps that compute       look up which block is next while products of the one before run
+ *
+ * A place in the list is free again when K of its block has been released, and rows of V are cleared where they must be.
  */
 #ifndef FA_FWD_SM90_LIST_CUH
 #define FA_FWD_SM90_LIST_CUH
@@ -16,9 +18,9 @@
 #include "fwd_sm90_tiles.cuh"
 
 struct alignas(16) fa_listed {
-    int32_t tile;     /* its place in the ring; -1: this is the end, and */
-    int32_t block;    /* this the last piece of work of the thread block */
-    int32_t what;     /* FA_FRESH, .. */
+    uint32_t what;    /* FA_FRESH, .., and the tile's place in the ring times FA_PLACE */
+    int32_t block;    /* with FA_END the last piece of work of the thread block */
+    int32_t row;      /* of the tile */
     int32_t tail;     /* rows of V that belong to the sequence; BN: none to be cleared */
     uint32_t seen[4]; /* padding mask: a bit for each key */
 };
@@ -27,11 +29,13 @@ enum {
     FA_FRESH = 1, /* the first of its tile */
     FA_LAST = 2,
     FA_MIXED = 4, /* the mask hides some of its keys */
-    FA_LISTED = 8 /* blocks in the ring */
+    FA_END = 8,   /* there are no more blocks */
+    FA_PLACE = 16,
+    FA_LISTED = 8 /* places in the list */
 };
 
-template <int STAGES, class Base> struct fa_list_shared : Base {
-    fa_listed listed[FA_LISTED], at_hand[STAGES];
+template <class Base> struct fa_list_shared : Base {
+    fa_listed listed[FA_LISTED];
     uint64_t listed_full[FA_LISTED], listed_empty[FA_LISTED];
 };
 
@@ -105,9 +109,9 @@ __device__ __forceinline__ bool fa_list_blocks(const fa_fwd_sm90_mod_params &p, 
         fa_mbar_wait(&s.listed_empty[to.index], to.parity ^ 1);
         fa_listed &l = s.listed[to.index];
         if (lane == 0) {
-            l.tile = place;
+            l.what = place * FA_PLACE + (any ? 0 : FA_FRESH) + ((m.all & lanes) == lanes ? 0 : FA_MIXED);
             l.block = block;
-            l.what = (any ? 0 : FA_FRESH) | ((m.all & lanes) == lanes ? 0 : FA_MIXED);
+            l.row = t.row;
             l.tail = block == hi - 1 ? t.tail : C::BN;
         }
         if (lanes >> lane & 1)
@@ -127,7 +131,7 @@ __device__ __forceinline__ void fa_list_end(Shared &s, uint32_t last_unit, fa_st
 {
     fa_mbar_wait(&s.listed_empty[to.index], to.parity ^ 1);
     if (threadIdx.x % FA_WARP == 0) {
-        s.listed[to.index].tile = -1;
+        s.listed[to.index].what = FA_END;
         s.listed[to.index].block = (int32_t)last_unit;
     }
     fa_list_pass(s, to);

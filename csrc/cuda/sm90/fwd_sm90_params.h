@@ -62,7 +62,7 @@ typedef struct fa_fwd_sm90_mod_params {
     int32_t heads_outside; /* heads are the outer loop over tiles, batches the inner: they share a mask */
     float scale;           /* of Q K^T: by softcap if there is one, else into units of log2 */
     float cap;             /* softcap in units of log2 */
-    float cap_terms[4];    /* of a small s, it is s times a polynomial in s^2 of these coefficients; */
+    float cap_terms[3];    /* of a small s, it is s times a polynomial in s^2 of these coefficients; */
     float cap_limit;       /* small: s^2 is at most this */
     float keep;            /* what dropout multiplies kept weights by */
     uint32_t threshold;    /* random words below it drop */

@@ -150,26 +150,25 @@ __device__ __forceinline__ void fa_produce_listed(const fa_fwd_sm90_params &p, f
     fa_stage<FA_LISTED> from;
     uint32_t q_parity = 0;
     int slot_before = -1, block_before = 0; /* there is none */
-    for (;; from.next()) {
+    for (int n = 0;; n++, from.next()) {
         fa_mbar_wait(&s.listed_full[from.index], from.parity);
-        const fa_listed l = s.listed[from.index];
-        fa_mbar_arrive(&s.listed_empty[from.index]);
-        fa_mbar_wait(&s.k_empty[ks.index], ks.parity ^ 1);
-        s.at_hand[ks.index] = l;
-        if (l.tile < 0)
+        const uint32_t what = s.listed[from.index].what;
+        const int block = s.listed[from.index].block, slot = what / FA_PLACE;
+        if (what & FA_END)
             break;
-        fa_load_keys<C>(p, s, s.tiles[l.tile], l.block, ks);
+        fa_load_keys<C>(p, s, s.tiles[slot], block, ks);
+        if (n >= C::STAGES) /* whose K lay there */
+            fa_mbar_arrive(&s.listed_empty[(from.index + FA_LISTED - C::STAGES) % FA_LISTED]);
         if (slot_before >= 0)
             fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
-        if (l.what & FA_FRESH) {
-            fa_load_queries<C>(p, s, s.tiles[l.tile], q_parity);
+        if (what & FA_FRESH) {
+            fa_load_queries<C>(p, s, s.tiles[slot], q_parity);
             if (slot_before >= 0)
                 fa_mbar_arrive(&s.tile_empty[slot_before]);
         }
-        slot_before = l.tile;
-        block_before = l.block;
+        slot_before = slot;
+        block_before = block;
     }
-    fa_mbar_arrive(&s.k_full[ks.index]);
     if (slot_before >= 0)
         fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
 }

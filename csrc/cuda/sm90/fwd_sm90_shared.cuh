@@ -48,7 +48,7 @@ template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
 };
 template <class C> struct fa_fwd_sm90_types<C, true> {
     using mod = fa_mod_shared<C::STAGES, C::MASK, C::FETCHED, typename C::fetched>;
-    using shared = std::conditional_t<C::LISTED, fa_list_shared<C::STAGES, mod>, mod>;
+    using shared = std::conditional_t<C::LISTED, fa_list_shared<mod>, mod>;
     using params = fa_fwd_sm90_mod_params;
 };
 

@@ -74,6 +74,11 @@ template <int BN> struct fa_scores_at_hand {
     __device__ __forceinline__ void renew(void) const
     {
     }
+    /* Are all that were asked for since what they should be? */
+    __device__ __forceinline__ bool good(void) const
+    {
+        return true;
+    }
     /* Scores 2 j and 2 j + 1, and both times c plus base. */
     __device__ __forceinline__ float2 pair(int j) const
     {
@@ -85,29 +90,37 @@ template <int BN> struct fa_scores_at_hand {
     }
 };
 
-/* m of both rows follows the block's maximum; the sums so far are multiplied by factor. */
-template <int BN, class Scores> __device__ __forceinline__ void fa_raise_maximum(const Scores &s, fa_rows &r)
+/* m of both rows follows the block's maximum; the sums so far are multiplied by factor. false: scores are not good, and
+ * nothing is done. */
+template <int BN, class Scores> __device__ __forceinline__ bool fa_raise_maximum(const Scores &s, fa_rows &r)
 {
+    float tops[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float top = s.pair(i).x;
+        tops[i] = s.pair(i).x;
 #pragma unroll
         for (int j = 0; j < BN / 8; j++) {
             float2 x = s.pair(2 * j + i);
-            top = fmaxf(fmaxf(top, x.x), x.y);
+            tops[i] = fmaxf(fmaxf(tops[i], x.x), x.y);
         }
-        top = fmaxf(r.m[i], fa_quad_max(top));
+    }
+    if (!s.good())
+        return false;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float top = fmaxf(r.m[i], fa_quad_max(tops[i]));
         r.factor[i] = top == r.m[i] ? 1.f : fa_exp2((r.m[i] - top) * s.c);
         r.l[i] *= r.factor[i];
         r.m[i] = top;
     }
     r.blind = __any_sync(0xffffffff, r.m[0] == -CUDART_INF_F || r.m[1] == -CUDART_INF_F);
+    return true;
 }
 
 /* w becomes the weights of the block's keys, rounded to T, as the A operand of the product with V; r is brought up to
- * date. */
+ * date. false: scores are not good, r is as it was, and w is nothing. */
 template <typename T, int BN, class Scores>
-__device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[BN / 4], fa_rows &r)
+__device__ __forceinline__ bool fa_softmax_block(const Scores &s, uint32_t (&w)[BN / 4], fa_rows &r)
 {
     float sum[2];
     r.grown = false;
@@ -116,7 +129,8 @@ __device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[
         float base[2];
         if (raise) {
             s.renew();
-            fa_raise_maximum<BN>(s, r);
+            if (!fa_raise_maximum<BN>(s, r))
+                return false;
             r.grown = true;
         }
         s.renew();
@@ -133,10 +147,13 @@ __device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[
             sum[j % 2] += y;
             w[j] = fa_pack<T>(x, y);
         }
+        if (!s.good())
+            return false;
         raise = !raise && __any_sync(0xffffffff, fmaxf(sum[0], sum[1]) > FA_WEIGHTS_LIMIT);
     } while (raise);
     r.l[0] += sum[0];
     r.l[1] += sum[1];
+    return true;
 }
 
 template <int DV> __device__ __forceinline__ void fa_rescale_rows(float (&o)[DV / 2], const fa_rows &r)
