@@ -58,8 +58,8 @@ template <class C> struct fa_consumer {
     fa_stage<C::FETCHED> fs;         /* where what is fetched for it lies */
     int full_lo, full_hi;            /* in blocks that begin at these keys or between, all queries see all, but for a
                                         padding mask */
-    fa_stage<FA_LISTED> ls;          /* place of the block at hand in the list, */
-    uint32_t what;                   /* and of the next block what the list says */
+    fa_stage<FA_LISTED> ls;          /* place of the next block in the list, */
+    uint32_t what;                   /* and what is written there */
     int block, row;
     bool ragged;                     /* fa_is_ragged */
 };
@@ -137,28 +137,40 @@ template <int R> __device__ __forceinline__ void fa_clear_rows(float (&s)[R], co
         s[e] = first + e / 2 % 2 * 8 < t.q_len ? s[e] : 0.f;
 }
 
+/* Do these 64 queries see all keys of the block, but for masks, and is the warp not ragged? What the list says is said of
+ * all queries of the tile. */
+template <class C>
+__device__ __forceinline__ bool fa_is_full(const fa_fwd_sm90_mod_params &p, fa_consumer<C> &c, const fa_mod_tile &t,
+                                           int row, int key, bool fresh, const fa_mod_block &m)
+{
+    if (C::LISTED && !(m.what & FA_EDGE))
+        return true;
+    if (C::LISTED || fresh) {
+        c.full_lo = row + 63 + t.lo_shift;
+        c.full_hi = fa_is_ragged(p, t, row) ? -1 : min(t.k_len, row + t.hi_shift) - C::BN;
+    }
+    return __all_sync(0xffffffff, key >= c.full_lo && key <= c.full_hi);
+}
+
 /* The same three with options. */
 template <class C>
-__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &,
+__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
                                               fa_consumer<C> &c, const fa_mod_tile &t, float (&s)[C::BN / 2], int row,
                                               int key, bool fresh, fa_mod_block &m)
 {
-    if (fresh) {
-        c.full_lo = row + 63 + t.lo_shift;
-        c.full_hi = min(t.k_len, row + t.hi_shift) - C::BN;
-        c.ragged = __any_sync(0xffffffff, fa_is_ragged(p, t, row));
-    }
-    if (c.ragged)
-        fa_clear_rows(s, t, row);
-    bool full = __all_sync(0xffffffff, key >= c.full_lo && key <= c.full_hi);
+    const bool full = fa_is_full<C>(p, c, t, row, key, fresh, m);
     m.late = full && fa_can_be_late<C::BN, C::OPTIONS>(t, fa_mod_place_of(row, key), m);
     if (m.late)
         return;
+    if (!full && fa_is_ragged(p, t, row))
+        fa_clear_rows(s, t, row);
     fa_mod_scores<typename C::T, C::BN>(p, fa_what<C>(p), t, row, key, m, s);
     if (!full)
         fa_hide_keys<C::BN>(s, row, key, t.k_len, t.lo_shift, t.hi_shift);
-    if (C::LISTED && m.mixed)
-        fa_hide_padding<C::BN>(s, m.seen[0]);
+    if constexpr (C::LISTED) {
+        if (m.what & FA_MIXED)
+            fa_hide_padding<C::BN>(s, fa_take_padding<C::BN>(sh.listed[m.place]));
+    }
 }
 
 /* The next block of the list. A reduction's result is the same for all threads to the assembler as well. */
@@ -185,9 +197,8 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
         c.mask ^= 1;
     }
     if constexpr (C::LISTED) {
-        m.mixed = c.what & FA_MIXED;
-        if (m.mixed)
-            m.seen[0] = fa_take_padding<C::BN>(sh.listed[c.ls.index]);
+        m.what = c.what;
+        m.place = c.ls.index;
         c.ls.next();
         fa_look_up<C>(sh, c);
     }

@@ -7,7 +7,8 @@
  *   thread that loads        K and V of the listed blocks, one after the other
  *   warps that compute       look up which block is next while products of the one before run
  *
- * A place in the list is free again when K of its block has been released, and rows of V are cleared where they must be.
+ * A place in the list is free again when K of the block behind has been released, and rows of V are cleared where they
+ * must be.
  */
 #ifndef FA_FWD_SM90_LIST_CUH
 #define FA_FWD_SM90_LIST_CUH
@@ -26,12 +27,13 @@ struct alignas(16) fa_listed {
 };
 
 enum {
-    FA_FRESH = 1, /* the first of its tile */
+    FA_FRESH = 1,  /* the first of its tile */
     FA_LAST = 2,
-    FA_MIXED = 4, /* the mask hides some of its keys */
-    FA_END = 8,   /* there are no more blocks */
-    FA_PLACE = 16,
-    FA_LISTED = 8 /* places in the list */
+    FA_EDGE = 4,   /* some query of the tile does not see some of its keys, or the tile has ragged warps: fwd_sm90.cuh */
+    FA_MIXED = 8,  /* the mask hides some of its keys */
+    FA_END = 16,   /* there are no more blocks */
+    FA_PLACE = 32,
+    FA_LISTED = 16 /* places in the list */
 };
 
 template <class Base> struct fa_list_shared : Base {
@@ -86,6 +88,18 @@ template <class Shared> __device__ __forceinline__ void fa_list_pass(Shared &s, 
     to.next();
 }
 
+/* Blocks that begin at these keys or between are no edges. */
+struct fa_inner {
+    int lo, hi;
+};
+
+template <class C>
+__device__ __forceinline__ fa_inner fa_inner_of(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t)
+{
+    bool ragged = t.q_len < t.row + C::BM && t.q_len % 16 != 0 && t.q_row + t.q_len < p.plain.SQ;
+    return {t.row + C::BM - 1 + t.lo_shift, ragged ? -1 : min(t.k_len, t.row + t.hi_shift) - C::BN};
+}
+
 /* Lists the blocks of the tile at this place; false: there are none. One is handed on when the next is found, since
  * only then it is known not to be the last. */
 template <class C, class Shared>
@@ -96,6 +110,7 @@ __device__ __forceinline__ bool fa_list_blocks(const fa_fwd_sm90_mod_params &p, 
     const fa_mod_tile &t = s.tiles[place];
     const int lane = threadIdx.x % FA_WARP, lo = t.block_lo, hi = t.block_hi;
     fa_padding m = {0xffffffffu, 0xffffffffu, 0xffffffffu};
+    const fa_inner inner = fa_inner_of<C>(p, t);
     bool any = false;
     for (int block = hi - 1; block >= lo; block--) {
         if (p.a.mask.data && (block == hi - 1 || block % BLOCKS == BLOCKS - 1))
@@ -109,7 +124,8 @@ __device__ __forceinline__ bool fa_list_blocks(const fa_fwd_sm90_mod_params &p, 
         fa_mbar_wait(&s.listed_empty[to.index], to.parity ^ 1);
         fa_listed &l = s.listed[to.index];
         if (lane == 0) {
-            l.what = place * FA_PLACE + (any ? 0 : FA_FRESH) + ((m.all & lanes) == lanes ? 0 : FA_MIXED);
+            bool edge = block * C::BN < inner.lo || block * C::BN > inner.hi, mixed = (m.all & lanes) != lanes;
+            l.what = place * FA_PLACE + (any ? 0 : FA_FRESH) + (edge ? FA_EDGE : 0) + (mixed ? FA_MIXED : 0);
             l.block = block;
             l.row = t.row;
             l.tail = block == hi - 1 ? t.tail : C::BN;

@@ -22,7 +22,8 @@ struct fa_mod_block {
     char *mask;       /* the warp's part of the mask, in shared memory */
     bool climbs;      /* the block's maximum is to be looked for at once */
     bool tame;        /* a float mask that hides nothing, and nothing in it is large */
-    bool mixed;       /* a padding mask hides some keys: bit fa_padding_bit(c, x) of seen[0] */
+    uint32_t what;    /* what the list says, */
+    int place;        /* and where: fwd_sm90_list.cuh */
     bool late;        /* scores are made together with their weights: fa_late_scores */
 };
 

@@ -157,8 +157,8 @@ __device__ __forceinline__ void fa_produce_listed(const fa_fwd_sm90_params &p, f
         if (what & FA_END)
             break;
         fa_load_keys<C>(p, s, s.tiles[slot], block, ks);
-        if (n >= C::STAGES) /* whose K lay there */
-            fa_mbar_arrive(&s.listed_empty[(from.index + FA_LISTED - C::STAGES) % FA_LISTED]);
+        if (n > C::STAGES)
+            fa_mbar_arrive(&s.listed_empty[(from.index + FA_LISTED - C::STAGES - 1) % FA_LISTED]);
         if (slot_before >= 0)
             fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
         if (what & FA_FRESH) {
