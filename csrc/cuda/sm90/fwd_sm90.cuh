@@ -189,7 +189,7 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
                                                bool last, fa_mod_block &m)
 {
     int warp = threadIdx.x / FA_WARP - 4;
-    m.climbs = fa_what<C>(p) & FA_MOD_ALIBI && fa_alibi_climbs<C::BN>(t, row, key);
+    m.climbs = fa_what<C>(p) & FA_MOD_ALIBI && fa_alibi_climbs<C::BN, C::LISTED>(t, row, key);
     if constexpr (C::OPTIONS == FA_ALL) {
         int own = warp * (16 * C::BN * 2); /* this warp's part */
         m.mask = sh.mask[c.mask] + own;

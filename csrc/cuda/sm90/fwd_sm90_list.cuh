@@ -100,6 +100,17 @@ __device__ __forceinline__ fa_inner fa_inner_of(const fa_fwd_sm90_mod_params &p,
     return {t.row + C::BM - 1 + t.lo_shift, ragged ? -1 : min(t.k_len, t.row + t.hi_shift) - C::BN};
 }
 
+/* Block `turn` of a tile: from the last to the first, but with an ALiBi that falls with the distance first those from the
+ * last query on to the end, then those before it, so that maxima do not climb from block to block. */
+template <class C> __device__ __forceinline__ int fa_block_in_turn(const fa_mod_tile &t, int turn)
+{
+    const int last = t.block_hi - 1;
+    if (C::OPTIONS != FA_ALIBI || t.slope <= 0.f)
+        return last - turn;
+    const int near = max(t.block_lo, min(last, (t.row + C::BM - 1 + t.offset) / C::BN));
+    return near + turn <= last ? near + turn : last - turn;
+}
+
 /* Lists the blocks of the tile at this place; false: there are none. One is handed on when the next is found, since
  * only then it is known not to be the last. */
 template <class C, class Shared>
@@ -108,12 +119,13 @@ __device__ __forceinline__ bool fa_list_blocks(const fa_fwd_sm90_mod_params &p, 
 {
     constexpr int WORDS = C::BN / 32, BLOCKS = FA_PADDING_KEYS / C::BN;
     const fa_mod_tile &t = s.tiles[place];
-    const int lane = threadIdx.x % FA_WARP, lo = t.block_lo, hi = t.block_hi;
+    const int lane = threadIdx.x % FA_WARP, blocks = t.block_hi - t.block_lo;
     fa_padding m = {0xffffffffu, 0xffffffffu, 0xffffffffu};
     const fa_inner inner = fa_inner_of<C>(p, t);
     bool any = false;
-    for (int block = hi - 1; block >= lo; block--) {
-        if (p.a.mask.data && (block == hi - 1 || block % BLOCKS == BLOCKS - 1))
+    for (int turn = 0; turn < blocks; turn++) {
+        const int block = fa_block_in_turn<C>(t, turn);
+        if (p.a.mask.data && (turn == 0 || block % BLOCKS == BLOCKS - 1))
             m = fa_read_padding<C::BN>(p, t, block / BLOCKS * FA_PADDING_KEYS);
         const int shift = block % BLOCKS * WORDS;
         const uint32_t lanes = ((1u << WORDS) - 1) << shift;
@@ -128,7 +140,7 @@ __device__ __forceinline__ bool fa_list_blocks(const fa_fwd_sm90_mod_params &p, 
             l.what = place * FA_PLACE + (any ? 0 : FA_FRESH) + (edge ? FA_EDGE : 0) + (mixed ? FA_MIXED : 0);
             l.block = block;
             l.row = t.row;
-            l.tail = block == hi - 1 ? t.tail : C::BN;
+            l.tail = block == t.block_hi - 1 ? t.tail : C::BN;
         }
         if (lanes >> lane & 1)
             l.seen[lane - shift] = m.own;

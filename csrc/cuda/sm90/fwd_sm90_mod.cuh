@@ -322,12 +322,15 @@ template <int BN> __device__ __forceinline__ bool fa_alibi_is_straight(const fa_
     return __all_sync(0xffffffff, ahead >= BN || ahead <= -16);
 }
 
-/* Does ALiBi raise scores from the block of the next keys to this one by so much that the maximum so far will not do?
- * Most likely, where a block's worth of slope is 4 powers of 2. */
-template <int BN> __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
+/* Does ALiBi raise scores from the blocks before to this one by so much that the maximum so far will not do? Most likely,
+ * where a block's worth of slope is 4 powers of 2. Blocks come in the order of fa_block_in_turn (NEAR_FIRST), or from the
+ * last to the first. */
+template <int BN, bool NEAR_FIRST>
+__device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
 {
     int ahead = row + t.offset - key; /* of the first query of 64 over the first key */
-    return __any_sync(0xffffffff, t.slope * BN > 4.f ? ahead < BN : t.slope * BN < -4.f && ahead > -64);
+    bool falls = ahead < BN && (!NEAR_FIRST || ahead > -64);
+    return __any_sync(0xffffffff, t.slope * BN > 4.f ? falls : t.slope * BN < -4.f && ahead > -64);
 }
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */

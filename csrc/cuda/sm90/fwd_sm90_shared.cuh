@@ -23,7 +23,8 @@ struct fa_fwd_sm90_config {
     using T = T_;
     static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
     static constexpr int BM = 64 * WGS;
-    static constexpr bool LISTED = OPTIONS == FA_LENGTHS; /* blocks are: fwd_sm90_list.cuh */
+    /* Blocks are: fwd_sm90_list.cuh. */
+    static constexpr bool LISTED = OPTIONS == FA_LENGTHS || OPTIONS == FA_CAP || OPTIONS == FA_ALIBI;
     /* One more warpgroup fetches the mask, into so many places: fwd_sm90_fetch.cuh. */
     static constexpr bool FETCH = OPTIONS == FA_BITS || OPTIONS == FA_BIAS;
     static constexpr int FETCHED = !FETCH ? 1 : OPTIONS == FA_BIAS && D > 64 ? 2 : 3;
