@@ -64,11 +64,10 @@ template <class C> struct fa_consumer {
     bool ragged;                     /* fa_is_ragged */
 };
 
-/* One of every warp says that its warp is done. */
+/* A warp says that it is done. */
 __device__ __forceinline__ void fa_release(uint64_t *bar)
 {
-    if (threadIdx.x % FA_WARP == 0)
-        fa_mbar_arrive(bar);
+    fa_mbar_arrive_warp(bar);
 }
 
 /* Done with K of a block and, after the last block of a tile, with Q. */
@@ -535,11 +534,11 @@ __device__ __forceinline__ void fa_consume_listed(const fa_fwd_sm90_mod_params &
 
 template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_shared<C> &s)
 {
-    constexpr int consumers = C::WGS * FA_WARPGROUP / FA_WARP; /* one arrival for each warp */
+    constexpr int warpgroup = FA_WARPGROUP / FA_WARP * FA_WARP_ARRIVALS, consumers = C::WGS * warpgroup;
 #pragma unroll
     for (int i = 0; i < C::WGS; i++) {
         fa_mbar_init(&s.q_full[i], 1);
-        fa_mbar_init(&s.q_empty[i], consumers / C::WGS);
+        fa_mbar_init(&s.q_empty[i], warpgroup);
     }
 #pragma unroll
     for (int i = 0; i < C::STAGES; i++) {
@@ -551,11 +550,11 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_
     if constexpr (C::MOD) {
         for (int i = 0; i < FA_TILES; i++) {
             fa_mbar_init(&s.tile_full[i], 1);
-            /* and the warps that load, clear (or go by the list), fetch */
-            fa_mbar_init(&s.tile_empty[i], consumers + 2 - C::LISTED + 4 * C::FETCH);
+            /* and the thread that loads, the warps that clear (or go by the list) and fetch */
+            fa_mbar_init(&s.tile_empty[i], consumers + 1 + FA_WARP_ARRIVALS * !C::LISTED + warpgroup * C::FETCH);
         }
         for (int i = 0; i < C::FETCHED; i++) {
-            fa_mbar_init(&s.fetched_full[i], 4);
+            fa_mbar_init(&s.fetched_full[i], warpgroup);
             fa_mbar_init(&s.fetched_empty[i], consumers);
         }
         for (int i = 0; i < C::STAGES; i++)
@@ -563,8 +562,8 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_
     }
     if constexpr (C::LISTED) {
         for (int i = 0; i < FA_LISTED; i++) {
-            fa_mbar_init(&s.listed_full[i], 1);
-            fa_mbar_init(&s.listed_empty[i], 2); /* the warps that load and clear */
+            fa_mbar_init(&s.listed_full[i], FA_WARP_ARRIVALS);
+            fa_mbar_init(&s.listed_empty[i], 1 + FA_WARP_ARRIVALS); /* the thread that loads, the warp that clears */
         }
     }
     fa_mbar_fence_init();

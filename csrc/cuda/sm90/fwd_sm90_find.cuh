@@ -154,15 +154,14 @@ __device__ __forceinline__ void fa_clear_tail(Shared &s, int stage, int tail, ui
 template <class C, class Shared> __device__ __forceinline__ void fa_clear_tails(Shared &s)
 {
     fa_ring ring;
-    int lane = threadIdx.x % FA_WARP, stage = 0;
+    int stage = 0;
     uint32_t parities = 0;
     for (;; ring.next()) {
         const fa_mod_tile &t = fa_next_tile(s, ring);
         int blocks = t.block_hi - t.block_lo, tail = t.tail;
         bool end = t.block_hi < 0;
         __syncwarp();
-        if (lane == 0)
-            fa_mbar_arrive(&s.tile_empty[ring.index]);
+        fa_mbar_arrive_warp(&s.tile_empty[ring.index]);
         if (end)
             return;
         if (tail < C::BN) {
@@ -184,8 +183,7 @@ template <class C, class Shared> __device__ __forceinline__ void fa_clear_listed
         uint32_t what = s.listed[from.index].what;
         int tail = s.listed[from.index].tail;
         __syncwarp();
-        if (threadIdx.x % FA_WARP == 0)
-            fa_mbar_arrive(&s.listed_empty[from.index]);
+        fa_mbar_arrive_warp(&s.listed_empty[from.index]);
         if (what & FA_END)
             return;
         if (tail < C::BN) {

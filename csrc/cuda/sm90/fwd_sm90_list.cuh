@@ -83,8 +83,7 @@ __device__ __forceinline__ fa_padding fa_read_padding(const fa_fwd_sm90_mod_para
 template <class Shared> __device__ __forceinline__ void fa_list_pass(Shared &s, fa_stage<FA_LISTED> &to)
 {
     __syncwarp();
-    if (threadIdx.x % FA_WARP == 0)
-        fa_mbar_arrive(&s.listed_full[to.index]);
+    fa_mbar_arrive_warp(&s.listed_full[to.index]);
     to.next();
 }
 
