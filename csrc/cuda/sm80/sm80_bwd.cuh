@@ -480,6 +480,8 @@ __device__ __noinline__ static void fa_bwd_sum_keys_slowly(typename fa_bwd_slice
         fa_zero(dk[m]);
         fa_zero(dv[m]);
     }
+    if (w.lo >= w.hi)
+        return;
     fa_bwd_load_own<S, true>(sh, 0, fa_rows_k(a, &w.seq, &a->k, &a->k_scale, w.hk, p.vectors & FA_VEC_K), w.first,
                              w.seq.span.k_len);
     fa_bwd_load_own<S, true>(sh, 1, fa_rows_k(a, &w.seq, &a->v, &a->v_scale, w.hk, p.vectors & FA_VEC_V), w.first,
@@ -700,6 +702,8 @@ __device__ __noinline__ static void fa_bwd_sum_queries_slowly(typename fa_bwd_sl
 #pragma unroll 1
     for (int m = 0; m < C::MT; m++)
         fa_zero(dq[m]);
+    if (w.lo >= w.hi)
+        return;
     fa_bwd_load_own_queries<S, true>(sh, p, &w.seq, w.h, w.first);
 #pragma unroll 1
     for (int j0 = w.lo; j0 < w.hi; j0 += C::CN) {

@@ -319,6 +319,8 @@ __device__ __noinline__ static void fa_fwd_keys_slowly(fa_fwd_slice<C> (&r)[C::M
 #pragma unroll 1
     for (int m = 0; m < C::MT; m++)
         fa_fwd_start(r[m]);
+    if (w.k_lo >= w.k_hi)
+        return;
     fa_fwd_load_slowly<C, C::BM, C::DP>(sh.q, queries, w.first, w.seq.span.q_len, 0);
 #pragma unroll 1
     for (int k0 = w.k_lo; k0 < w.k_hi; k0 += C::BN) {
