@@ -346,17 +346,15 @@ __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> 
     fa_wgmma_fence();
     fa_issue_qk<C>(s, c.q_desc, fa_k_at(c));
     fa_wgmma_commit();
-    if (start) {
-        fa_turn_pass(c);
-        fa_wgmma_commit(); /* of nothing, so that there are as many groups */
-    } else {
+    if (!start) {
         fa_mbar_wait(&sh.v_full[c.vs.index], c.vs.parity);
         fa_wgmma_fence();
         fa_issue_pv<C, 0, C::BN / 16 - C::EARLY>(o, w, fa_v_at(c));
-        fa_turn_pass(c);
-        fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
-        fa_wgmma_commit();
     }
+    fa_turn_pass(c);
+    if (!start)
+        fa_issue_pv<C, C::BN / 16 - C::EARLY, C::BN / 16>(o, w, fa_v_at(c));
+    fa_wgmma_commit();
     fa_fetch_block<C>(p, sh, c, t, row, key, fresh, last, m);
     fa_wgmma_wait<1>();
     fa_wgmma_hold(s);
