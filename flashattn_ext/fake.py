@@ -13,7 +13,7 @@ def forward(query, key, value, attn_mask, sinks, alibi_slopes, q_seqlens, kv_seq
 
 
 @library.register_fake("flashattn_ext::forward_plain")
-def forward_plain(query, key, value, scale, is_causal, allow_tf32):
+def forward_plain(query, key, value, scale, is_causal, enable_gqa, allow_tf32):
     _require_one_device(query, key, value)
     return _empty((*query.shape[:3], value.shape[3]), query)
 

@@ -82,12 +82,12 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             and not is_dynamo_compiling() and type(query) is type(key) is type(value) is Tensor
             and not _is_any_autocast_enabled() and not _transforms_active() and forward_ad._current_level < 0):
         try:
+            tf32 = query.dtype is torch.float32 and allows_tf32(query)
+            if not (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+                return _forward_plain(query, key, value, scale, is_causal, enable_gqa, tf32)
             if enable_gqa or query.shape[1] == key.shape[1]:
-                tf32 = allows_tf32(query)
-                if _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-                    return attention(query, key, value, *_NO_OPTIONS, scale, 0.0, -1, 0 if is_causal else -1, False,
-                                     0.0, tf32)[0]
-                return _forward_plain(query, key, value, scale, is_causal, tf32)
+                return attention(query, key, value, *_NO_OPTIONS, scale, 0.0, -1, 0 if is_causal else -1, False, 0.0,
+                                 tf32)[0]
         except (RuntimeError, IndexError):
             pass
 

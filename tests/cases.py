@@ -135,6 +135,26 @@ def _lengths(case, g, longest, dtype=torch.int32):
     return some.to(dtype)
 
 
+def _padding(case, g, kind):
+    """The same keys for all queries of a head: (B, 1, 1, SK), "holes" (B, HQ, 1, SK) with a head that sees nothing."""
+    j = torch.arange(case.SK)
+    lengths = _lengths(case, g, case.SK)[:, None, None, None]
+    if kind == "right":
+        return j < lengths
+    if kind == "left":
+        return j >= case.SK - lengths
+    if kind == "strided":  # every third byte of a buffer, with a stride of 0 for queries
+        keep = torch.zeros(case.B, 1, 1, case.SK + 1, 3, dtype=torch.bool)[..., 1:, 1]
+        return keep.copy_(j >= case.SK - lengths).expand(-1, -1, case.SQ, -1)
+    keep = torch.ones(case.B, case.HQ, 1, case.SK, dtype=torch.bool)
+    for row in keep.view(-1, case.SK):
+        for _ in range(4):
+            first, run = (int(torch.randint(case.SK, (), generator=g)) for _ in range(2))
+            row[first:first + 1 + run // 4] = False
+    keep[-1, -1] = False
+    return keep
+
+
 def _f32_or_wider(case):
     return torch.float64 if case.dtype == "float64" else torch.float32
 
@@ -153,6 +173,10 @@ OPTIONS = {
     "mask_key": lambda c, g: dict(attn_mask=_bool_mask(c, g, c.B, 1, 1, c.SK)),
     "mask_query": lambda c, g: dict(attn_mask=torch.arange(c.SQ)[:, None] % 3 != 1),
     "mask_strided": lambda c, g: dict(attn_mask=_bool_mask(c, g, c.B, 1, 2 * c.SK, c.SQ).transpose(2, 3)[..., ::2]),
+    "pad_right": lambda c, g: dict(attn_mask=_padding(c, g, "right")),
+    "pad_left": lambda c, g: dict(attn_mask=_padding(c, g, "left")),
+    "pad_holes": lambda c, g: dict(attn_mask=_padding(c, g, "holes")),
+    "pad_strided": lambda c, g: dict(attn_mask=_padding(c, g, "strided")),
     "bias_full": lambda c, g: dict(attn_mask=_bias(c, g, c.B, c.HQ, c.SQ, c.SK)),
     "bias_2d": lambda c, g: dict(attn_mask=_bias(c, g, c.SQ, c.SK)),
     "bias_head": lambda c, g: dict(attn_mask=_bias(c, g, c.HQ, c.SQ, c.SK)),
@@ -189,6 +213,8 @@ TOGETHER = (
     ("lower_right", "kv_lengths", "alibi", "window_left"),
     ("mask_full", "window", "sinks"),
     ("mask_key", "dropout", "softcap"),
+    ("pad_left", "window_right", "kv_lengths"),
+    ("pad_holes", "q_lengths", "sinks"),
     ("bias_full", "softcap", "sinks", "kv_lengths"),
     ("bias_inf", "dropout", "window_left"),
     ("sinks", "causal", "window_left"),

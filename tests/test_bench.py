@@ -47,7 +47,11 @@ def test_quick_run_writes_a_table_json_markdown_and_a_plot(tmp_path):
     (["--peers", "nobody"], ["nobody", "sdpa"]),
     (["--rounds", "0"], ["0"]),
     (["--threads", "0"], ["0"]),
-], ids=lambda a: a[0])
+    (["--device", "tpu"], ["tpu", "cpu", "cuda"]),
+    (["--device", "cuda", "--ops", "tiny"], ["--ops", "tiny", "mask_bwd", "host_grad"]),
+    (["--device", "cuda", "--peers", "eager"], ["--peers", "eager", "cudnn", "fa3"]),
+    (["--device", "cuda", "--threads", "2"], ["--threads", "cpu"]),
+], ids=lambda a: " ".join(a[-2:]))
 def test_bad_arguments_name_the_allowed_ones(arguments, words, capsys):
     from flashattn_ext.bench.__main__ import parse_options
 

@@ -261,10 +261,12 @@ def test_opcheck_forward_plain(layout, is_causal):
     case = Case(layout=layout, SQ=70, SK=70, HQ=4, HK=2)
     query, key, value = op_arguments(case)[:3]
     plain = torch.ops.flashattn_ext.forward_plain.default
-    torch.library.opcheck(plain, (query, key, value, 0.3, is_causal, False))
+    torch.library.opcheck(plain, (query, key, value, 0.3, is_causal, True, False))
     out, _ = torch.ops.flashattn_ext.forward(query, key, value, *[None] * 6, 0.3, 0.0, -1, 0 if is_causal else -1, False,
                                              0.0, False)
-    assert torch.equal(plain(query, key, value, 0.3, is_causal, False), out)
+    assert torch.equal(plain(query, key, value, 0.3, is_causal, True, False), out)
+    with pytest.raises(RuntimeError, match="4 heads and key 2"):
+        plain(query, key, value, 0.3, is_causal, False, False)
 
 
 @pytest.mark.parametrize("case, seed", OPCHECK, ids=lambda x: x.id if isinstance(x, Case) else "")

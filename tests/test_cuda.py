@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashattn_ext as fa
+import poison
 from cases import FLOATS, OPTIONS, Case, build, upstream
 from compare import check_case, differentiate, ours, unchanged
 from conftest import devices
@@ -74,8 +75,15 @@ HOPPER = [
     Case(B=3, HQ=2, HK=2, SQ=200, SK=331, D=256, options=("kv_lengths", "q_lengths", "window")),
     *(Case(B=2, HQ=4, HK=2, SQ=200, SK=SK, D=D, options=(option,)) for D, SK in ((64, 320), (128, 331), (256, 320))
       for option in ("mask_full", "mask_2d", "mask_key", "mask_query", "bias_full", "bias_head", "bias_key",
-                     "bias_query", "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout", "dropout_often",
-                     "scale_zero", "scale_negative")),
+                     "bias_query", "bias_f32", "bias_inf", "softcap", "alibi_batch", "sinks", "dropout",
+                     "dropout_often", "scale_zero", "scale_negative")),
+    *(Case(B=3, HQ=4, HK=2, SQ=200, SK=SK, D=D, DV=DV, options=options)
+      for D, DV in ((64, 0), (128, 0), (192, 128), (256, 0))
+      for SK, options in ((2560, ("pad_right",)), (2501, ("pad_left", "window_right")), (1300, ("pad_holes", "sinks")),
+                          (2560, ("pad_holes", "kv_lengths", "q_lengths")), (1024, ("pad_strided",)))),
+    *(Case(B=3, HQ=2, HK=2, SQ=SQ, SK=300, D=D, options=("q_lengths", option)) for SQ, D in ((300, 64), (77, 128))
+      for option in ("sinks", "softcap", "alibi_batch")),
+    Case(B=2, HQ=2, HK=2, SQ=400, SK=900, D=128, options=("alibi", "lower_right")),
     Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("mask_strided", "sinks_same")),
     Case(B=2, HQ=2, HK=2, SQ=140, SK=70, D=128, options=("bias_strided", "alibi", "window_left")),
     Case(B=2, HQ=4, HK=2, SQ=300, SK=320, D=192, DV=128, options=("mask_key", "dropout", "softcap")),
@@ -98,6 +106,20 @@ def test_kernels_of_hopper_are_right(arch, case, dtype):
                    device=0)
     assert "_sm90_" in plan["kernel"]
     check_case(made)
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ("nan", "inf"))
+@pytest.mark.parametrize("option", ("pad_right", "pad_left", "pad_holes"))
+@pytest.mark.parametrize("D", (64, 128, 256))
+@pytest.mark.parametrize("arch", ("sm90",), indirect=True)
+def test_what_padding_hides_reaches_no_row(arch, D, option, kind):
+    inputs = build(Case(HQ=4, HK=2, SQ=150, SK=1430, D=D, dtype="bfloat16", options=(option,)))
+    spoiled = poison.hidden_keys(inputs, inputs.options["attn_mask"], kind)
+    clean = SDPA(inputs.query, inputs.key, inputs.value, return_lse=True, **inputs.options)
+    got = SDPA(spoiled.query, spoiled.key, spoiled.value, return_lse=True, **inputs.options)
+    torch.testing.assert_close(got[0], clean[0], rtol=1e-2, atol=1e-3)
+    unchanged("lse", got[1], clean[1], f"{kind} in hidden keys")
 
 
 # float32 without options.
@@ -245,6 +267,7 @@ def test_packed_rows_on_hopper_are_right(arch, D, dtype):
 def test_options_have_kernels_of_their_own_on_hopper():
     for name, keys, options in (("cap", 300, dict(softcap=2.0)), ("dropout", 300, dict(dropout_p=0.1)),
                                 ("alibi", 300, dict(has_alibi=True)), ("bits", 320, dict(mask_dtype="bool")),
+                                ("len", 300, dict(mask_dtype="bool", mask_shape=(2, 1, 1, 300))),
                                 ("mod", 300, dict(mask_dtype="bool")), ("mod", 300, dict(softcap=2.0, dropout_p=0.1)),
                                 ("mod", 300, dict(dropout_p=0.7))):
         plan = _C.plan("forward", "bfloat16", 2, 4, 2, 300, keys, 128, 128, threads=1, device=0, **options)

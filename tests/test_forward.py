@@ -184,7 +184,8 @@ def test_nothing_beside_a_view_is_used(S, layout, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("SQ", [1, 50])
 @pytest.mark.parametrize("options", [("mask_key",), ("kv_lengths",), ("causal",), ("window_left", "lower_right"),
-                                     ("mask_2d", "sinks"), ("kv_lengths", "dropout")], ids="+".join)
+                                     ("mask_2d", "sinks"), ("kv_lengths", "dropout"), ("pad_left",), ("pad_holes",)],
+                         ids="+".join)
 def test_hidden_keys_never_reach_the_output(options, SQ, dtype, kind, device):
     """The same output whatever the keys and values hold that no query sees."""
     case = Case(HQ=4, HK=2, SQ=SQ, SK=120, dtype=dtype, options=options)
@@ -194,7 +195,7 @@ def test_hidden_keys_never_reach_the_output(options, SQ, dtype, kind, device):
     mask = inputs.options.get("attn_mask")
     if type(mask) is torch.Tensor:
         see = see & mask
-    if see.expand(case.B, 1, SQ, case.SK).any(2).all():
+    if see.expand(case.B, -1, SQ, case.SK).any(2).all():
         pytest.skip("this window hides no key from the last queries")
     spoiled = poison.hidden_keys(inputs, see, kind)
     torch.manual_seed(7)

@@ -105,11 +105,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor &query, const Tensor &key, const
 
 // forward without options and without the log-sum-exp: the cost of a tiny call is that of its arguments and results.
 Tensor forward_plain(const Tensor &query, const Tensor &key, const Tensor &value, std::optional<double> scale,
-                     bool is_causal, bool allow_tf32)
+                     bool is_causal, bool enable_gqa, bool allow_tf32)
 {
     const MaybeTensor none;
     fa_args a = args_of({query, key, value, none, none, none, none, none, none, scale, 0.0, -1, is_causal ? 0 : -1,
                          false, 0.0, allow_tf32});
+    if (!enable_gqa && a.q.size[1] != a.k.size[1])
+        refuse("query has " + std::to_string(a.q.size[1]) + " heads and key " + std::to_string(a.k.size[1]) +
+               ": without enable_gqa they must be the same");
     plan_results(&a);
     Tensor out = allocate(&a.out, 0, 4, place_of(a));
     const Memory lse = scratch(&a.lse, place_of(a));
@@ -192,8 +195,8 @@ STABLE_TORCH_LIBRARY(flashattn_ext, m)
           "Tensor? q_seqlens, Tensor? kv_seqlens, Tensor? dropout_seed, float? scale, float softcap, "
           "int window_left, int window_right, bool bottom_right, float dropout_p, bool allow_tf32) -> "
           "(Tensor out, Tensor lse)");
-    m.def("forward_plain(Tensor query, Tensor key, Tensor value, float? scale, bool is_causal, bool allow_tf32) -> "
-          "Tensor");
+    m.def("forward_plain(Tensor query, Tensor key, Tensor value, float? scale, bool is_causal, bool enable_gqa, "
+          "bool allow_tf32) -> Tensor");
     m.def("backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
           "Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? q_seqlens, Tensor? kv_seqlens, "
           "Tensor? dropout_seed, float? scale, float softcap, int window_left, int window_right, bool bottom_right, "

@@ -1,4 +1,5 @@
-"""What is measured: attention problems by shape, dtype and mask, and the random inputs of each.
+"""What is measured: attention problems by shape, dtype and mask, and the random inputs of each. The lists at the end
+are those of a CPU; cases_cuda.py has a GPU's.
 
 Scalars are named as in the whole project: B batch, HQ and HK query and key/value heads, SQ and SK queries and keys,
 D head dimension of query and key, DV of value and output.
@@ -17,8 +18,11 @@ OPS = ("fwd", "fwd+bwd", "mask", "dropout", "dv", "decode", "paged", "quant", "m
 CACHE_OPS = ("decode", "paged", "quant", "multi")
 DROPOUT_P = 0.1
 PADDED = 0.75  # share of the keys that the last sequence of a padded batch keeps
+RAGGED = 0.25  # the sequences of a ragged batch hide so much at most, in even steps
 PAGE = 16      # tokens of a page of the cache
 SHORTEST = 16  # packed sequences have lengths from S / 16 to S
+SOFTCAP = 20.0
+WINDOW = 1024  # keys before its own that a query sees at most; a quarter of SK in a smaller case
 NEW_TOKENS = (2, 4, 8, 16)
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -64,57 +68,93 @@ class Shape:
 class Case:
     """One row of the benchmark."""
 
-    op: str     # one of OPS
+    op: str     # one of OPS, here or in cases_cuda.py; "bwd" alone is timed without the forward before it
     shape: Shape
     dtype: str  # one of DTYPES
     causal: bool = False
     # "" or, over (SQ, SK), "random", "tril" and "lower-right" (the last query sees all) bool and "bias" float;
-    # "padding" is bool (B, 1, 1, SK)
+    # "padding" and "ragged" are bool (B, 1, 1, SK), "head-bias" (1, HQ, SQ, SK) and "batch-bias" (B, HQ, SQ, SK)
     mask: str = ""
+    mask_gradient: bool = False
+    option: str = ""  # "" or one of OPTIONS in cases_cuda.py
     dropout: float = 0.0
     page: int = 0     # tokens of a page; 0 = the cache of a sequence is one piece
     stored: str = ""  # one of STORED; "" = the cache has the query's dtype
+    shortest: int = SHORTEST
 
     @property
     def name(self) -> str:
-        kind = self.mask or ("causal" if self.causal else "full" if self.op in ("fwd", "fwd+bwd") else "")
-        if self.op in CACHE_OPS or self.op == "varlen":
+        kind = self.option or self.mask or ("causal" if self.causal else "")
+        if not kind and self.op in ("fwd", "fwd+bwd", "bwd", "varlen"):
+            kind = "full"
+        if self.op in CACHE_OPS:
             kind = f"page{self.page}" if self.page else self.stored
+        kind += "+grad" if self.mask_gradient else ""
         return "_".join(part for part in (self.op, self.dtype, str(self.shape), kind) if part)
 
     @property
     def backward(self) -> bool:
-        return self.op == "fwd+bwd"
+        return self.op.endswith("bwd")
+
+    @property
+    def backward_alone(self) -> bool:
+        """Whether the forward that a backward needs is left out of the time."""
+        return self.backward and self.op != "fwd+bwd"
+
+    @property
+    def host(self) -> bool:
+        """Whether the time is that until a call returns, be the device done or not."""
+        return self.op in ("host", "host_grad")
 
     @property
     def bound(self) -> str:
         """Which ceiling of the machine limits it: "fma", "memory", or "" for the cost of a call."""
         if self.op in CACHE_OPS:
             return "memory"
-        return "" if self.op in ("tiny", "decode_tiny") else "fma"
+        return "" if self.host or self.op in ("tiny", "decode_tiny") else "fma"
 
     @property
     def lengths(self) -> list[int] | None:
-        """Of packed sequences: from S / SHORTEST to S in equal ratios; None for sequences of one length."""
+        """Of packed sequences: from S / shortest to S in equal ratios; None for sequences of one length."""
         if self.op != "varlen":
             return None
         s = self.shape
-        return [max(1, round(s.SQ * SHORTEST ** -(b / max(1, s.B - 1)))) for b in range(s.B)]
+        return [max(1, round(s.SQ * self.shortest ** -(b / max(1, s.B - 1)))) for b in range(s.B)]
+
+    @property
+    def kept(self) -> list[int] | None:
+        """Of a padded batch: the keys of each sequence that count, the first so many; None where all do."""
+        s = self.shape
+        if self.mask == "padding":
+            return [s.SK] * (s.B - 1) + [math.ceil(PADDED * s.SK)]
+        if self.mask == "ragged" or self.option == "lengths":
+            return [math.ceil(s.SK * (1 - RAGGED * (b + 0.5) / s.B)) for b in range(s.B)]
+        return None
+
+    @property
+    def window(self) -> int | None:
+        """Keys before its own that a query sees at most."""
+        return min(WINDOW, max(1, self.shape.SK // 4)) if self.option == "window" else None
+
+    @property
+    def scores(self) -> float:
+        """Pairs of a query and a key that it sees, over all query heads."""
+        s = self.shape
+        if self.lengths:
+            return s.HQ * sum(n * (n + 1) / 2 if self.causal else n * n for n in self.lengths)
+        if self.kept:
+            return s.HQ * s.SQ * sum(self.kept)
+        if self.causal or self.mask == "tril":
+            most = s.SK if self.window is None else self.window + 1
+            return s.B * s.HQ * sum(min(i + 1, most) for i in range(s.SQ))
+        return s.B * s.HQ * s.SQ * s.SK
 
     @property
     def flops(self) -> float:
         """Multiply-adds that the problem needs, each counted twice; backward has 5 products to forward's 2."""
         s = self.shape
-        if self.lengths:
-            return sum(2 * s.HQ * n * (n + 1) / 2 * (s.D + s.DV) for n in self.lengths)
-        seen = 1.0
-        if self.causal or self.mask == "tril":
-            seen = sum(min(i + 1, s.SK) for i in range(s.SQ)) / (s.SQ * s.SK)
-        elif self.mask == "padding":
-            seen = (s.B - 1 + PADDED) / s.B
-        scores = s.B * s.HQ * s.SQ * s.SK * seen
-        forward = 2 * scores * (s.D + s.DV)
-        return forward + 2 * scores * (3 * s.D + 2 * s.DV) if self.backward else forward
+        forward = 0 if self.backward_alone else 2 * self.scores * (s.D + s.DV)
+        return forward + 2 * self.scores * (3 * s.D + 2 * s.DV) if self.backward else forward
 
     @property
     def bytes(self) -> int:
@@ -144,6 +184,13 @@ class Inputs:
     # Of a quantised cache, key and value as they are stored and float32 scales (B, HK, S): key = stored[0] * scales[0].
     stored: tuple[torch.Tensor, torch.Tensor] | None = None
     scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    # Further keyword arguments of flashattn_ext.scaled_dot_product_attention.
+    options: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """What the case has gradients of."""
+        return [x for x in (self.query, self.key, self.value, self.mask) if x is not None and x.requires_grad]
 
     @property
     def gqa(self) -> bool:
@@ -151,18 +198,20 @@ class Inputs:
 
 
 def draw(case: Case, generator: torch.Generator) -> Inputs:
-    """Fresh normal random inputs of a case (never zeros: those multiply and exponentiate faster on some machines)."""
+    """Fresh normal random inputs of a case (never zeros: those multiply and exponentiate faster on some machines), on
+    the generator's device."""
     s, dtype = case.shape, DTYPES[case.dtype]
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator, device=generator.device).to(dtype)
 
     query, key, value = normal(s.B, s.HQ, s.SQ, s.D), normal(s.B, s.HK, s.SK, s.D), normal(s.B, s.HK, s.SK, s.DV)
-    if case.backward:
+    if case.backward or case.op == "host_grad":
         for tensor in (query, key, value):
             tensor.requires_grad_()
     gradient = normal(s.B, s.HQ, s.SQ, s.DV) if case.backward else None
-    inputs = Inputs(query, key, value, _mask(case, generator), gradient, case.causal, case.dropout, case.lengths)
+    inputs = Inputs(query, key, value, _mask(case, generator), gradient, case.causal, case.dropout, case.lengths,
+                    options=_options(case, generator))
     return _quantised(inputs, STORED[case.stored]) if case.stored else inputs
 
 
@@ -182,22 +231,38 @@ def _quantised(inputs: Inputs, stored: torch.dtype) -> Inputs:
 
 
 def _mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
-    s = case.shape
+    s, device = case.shape, generator.device
     if case.mask == "random":
-        mask = torch.rand(s.SQ, s.SK, generator=generator) < 0.8
+        mask = torch.rand(s.SQ, s.SK, generator=generator, device=device) < 0.8
         mask[:, 0] = True  # no row without a key: torch's paths disagree on it
         return mask
     if case.mask == "tril":
-        return torch.ones(s.SQ, s.SK, dtype=torch.bool).tril()
+        return torch.ones(s.SQ, s.SK, dtype=torch.bool, device=device).tril()
     if case.mask == "lower-right":
-        return torch.ones(s.SQ, s.SK, dtype=torch.bool).tril(s.SK - s.SQ)
-    if case.mask == "padding":
-        lengths = torch.full((s.B,), s.SK)
-        lengths[-1] = math.ceil(PADDED * s.SK)
-        return (torch.arange(s.SK) < lengths[:, None]).view(s.B, 1, 1, s.SK)
-    if case.mask == "bias":
-        return torch.randn(s.SQ, s.SK, generator=generator).to(DTYPES[case.dtype])
+        return torch.ones(s.SQ, s.SK, dtype=torch.bool, device=device).tril(s.SK - s.SQ)
+    if case.mask in ("padding", "ragged"):
+        lengths = torch.tensor(case.kept, device=device)
+        return (torch.arange(s.SK, device=device) < lengths[:, None]).view(s.B, 1, 1, s.SK)
+    if case.mask:
+        size = {"bias": (s.SQ, s.SK), "head-bias": (1, s.HQ, s.SQ, s.SK), "batch-bias": (s.B, s.HQ, s.SQ, s.SK)}
+        mask = torch.randn(size[case.mask], generator=generator, device=device).to(DTYPES[case.dtype])
+        return mask.requires_grad_(case.mask_gradient)
     return None
+
+
+def _options(case: Case, generator: torch.Generator) -> dict:
+    heads, device = case.shape.HQ, generator.device
+    if case.option == "softcap":
+        return {"softcap": SOFTCAP}
+    if case.option == "sinks":
+        return {"sinks": torch.randn(heads, generator=generator, device=device)}
+    if case.option == "alibi":
+        return {"alibi_slopes": 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device))}
+    if case.option == "window":
+        return {"window": (case.window, 0)}
+    if case.option == "lengths":
+        return {"kv_seqlens": torch.tensor(case.kept, dtype=torch.int32, device=device)}
+    return {}
 
 
 _FWD = ("B1H8S128D64", "B1H8S512D64", "B1H8S2048D64", "B1H8S2048D128", "B16H12S128D64")

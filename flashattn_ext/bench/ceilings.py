@@ -32,6 +32,16 @@ class Ceilings:
             return (case.dtype == "bf16" and self.dot_bf16_gflops) or self.fma_gflops
         return None
 
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """The higher of two measurements, figure by figure: the clock moves, a ceiling is the most that was seen."""
+        names = ("fma_gflops", "dot_bf16_gflops", "read_gbs")
+        return dataclasses.replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in names})
+
+    def describe(self) -> str:
+        bf16 = f"{self.dot_bf16_gflops:.0f} GFLOP/s bfloat16, " if self.dot_bf16_gflops else ""
+        return (f"ceilings with {self.threads} threads ({self.method}): {self.fma_gflops:.0f} GFLOP/s float32, {bf16}"
+                f"{self.read_gbs:.1f} GB/s read")
+
 
 def best_of(function, seconds: float = SECONDS) -> float:
     """Shortest time of a call, in seconds; calls for so long, at least twice."""
@@ -65,9 +75,3 @@ def measure() -> Ceilings:
         return Ceilings(threads, _matrix_product(), 0.0, _sum(), "torch.mm in float32, torch.sum over 256 MiB")
     found = _C.ceilings(threads)
     return Ceilings(threads, found["fma_gflops"], found["dot_bf16_gflops"], found["read_gbs"], "loops of the C core")
-
-
-def best(a: Ceilings, b: Ceilings) -> Ceilings:
-    """The higher of two measurements, figure by figure: the clock moves, and a ceiling is the most that was seen."""
-    names = ("fma_gflops", "dot_bf16_gflops", "read_gbs")
-    return dataclasses.replace(a, **{name: max(getattr(a, name), getattr(b, name)) for name in names})

@@ -21,7 +21,7 @@ def eager(query, key, value, mask=None, causal: bool = False, dropout: float = 0
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]))
     if causal:
-        hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
@@ -31,65 +31,86 @@ def eager(query, key, value, mask=None, causal: bool = False, dropout: float = 0
     return weights @ value
 
 
-def _corner(inputs: Inputs, batch: int, head: int) -> Inputs:
-    """The part of the inputs that one batch entry and one key/value head decide, as leaves of their own."""
+def _corner(inputs: Inputs, batch: slice, head: int) -> Inputs:
+    """The part of the inputs that some of the batch and one key/value head decide, as leaves of their own."""
     group = inputs.query.shape[1] // inputs.key.shape[1]
     heads = slice(head * group, (head + 1) * group)
 
-    rows = slice(inputs.lengths[batch] if inputs.lengths else None)
+    rows = slice(inputs.lengths[batch.start] if inputs.lengths else None)
 
     def part(tensor, which):
-        return None if tensor is None else tensor.detach()[batch:batch + 1, which, rows]
+        return None if tensor is None else tensor.detach()[batch, which, rows]
 
     mask = inputs.mask
     if mask is not None and mask.dim() == 4:
-        mask = mask[batch:batch + 1]
+        mask = mask[batch if mask.shape[0] > 1 else slice(None), heads if mask.shape[1] > 1 else slice(None)]
+        mask = mask.detach().requires_grad_(mask.requires_grad)
+    own = {"sinks": heads, "alibi_slopes": heads, "kv_seqlens": batch}
+    options = {name: x[own[name]] if name in own else x for name, x in inputs.options.items()}
     one = slice(head, head + 1)
     return Inputs(part(inputs.query, heads), part(inputs.key, one), part(inputs.value, one), mask,
-                  part(inputs.gradient, heads), inputs.causal, inputs.dropout)
+                  part(inputs.gradient, heads), inputs.causal, inputs.dropout, options=options)
 
 
-def _eager_results(inputs: Inputs, dtype: torch.dtype) -> list[torch.Tensor]:
-    leaves = [t.to(dtype) for t in (inputs.query, inputs.key, inputs.value)]
+def _results(inputs: Inputs, dtype: torch.dtype, options: bool = False) -> list[torch.Tensor]:
+    """[out] or [out, dq, dk, dv] and the gradient of a mask that has one, computed in dtype; with options in float64,
+    by the package's own definition of them."""
+    leaves = [x.detach().to(dtype) for x in (inputs.query, inputs.key, inputs.value)]
+    mask = inputs.mask
+    if mask is not None and mask.requires_grad:
+        mask = mask.detach().to(dtype)
+        leaves.append(mask)
+    if inputs.gradient is not None:
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+    if options and inputs.options:
+        from flashattn_ext import reference
+
+        out = reference.attention(*leaves[:3], mask, is_causal=inputs.causal, enable_gqa=True, **inputs.options)
+    else:
+        out = eager(*leaves[:3], mask, inputs.causal)
     if inputs.gradient is None:
-        return [eager(*leaves, inputs.mask, inputs.causal)]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    out = eager(*leaves, inputs.mask, inputs.causal)
+        return [out]
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.gradient.to(dtype))]
 
 
 class Reference:
     """What a case's inputs must give, and how far from it a result may be.
 
-    The bar: at most twice the error of eager attention in the same precision, plus a few units in the last place.
+    The bar: at most twice the error of eager attention in the same precision (without options), plus a few units in the
+    last place.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.case = case
         s = case.shape
         corners = sorted({(0, 0), (s.B - 1, s.HK - 1)})[-1 if s.SQ * s.SK >= LARGE else -2:]
-        self.corners = [(b, h, _corner(inputs, b, h)) for b, h in corners]
+        shared = case.mask_gradient and inputs.mask.shape[0] == 1  # the whole batch adds to such a gradient
+        self.corners = []
+        for b, h in corners:
+            batch = slice(0, s.B) if shared else slice(b, b + 1)
+            self.corners.append((batch, h, _corner(inputs, batch, h)))
         if case.dropout:
             return
         dtype = DTYPES[case.dtype]
-        self.exact = [_eager_results(corner, torch.float64) for _, _, corner in self.corners]
-        rounded = [_eager_results(corner, dtype) for _, _, corner in self.corners]
+        self.exact = [_results(corner, torch.float64, options=True) for _, _, corner in self.corners]
+        plain = [_results(corner, torch.float64) for _, _, corner in self.corners] if inputs.options else self.exact
+        rounded = [_results(corner, dtype) for _, _, corner in self.corners]
         self.bars = []
         for i in range(len(self.exact[0])):
             largest = max(float(exact[i].abs().max()) for exact in self.exact)
-            error = max(float((own[i].double() - exact[i]).abs().max()) for own, exact in zip(rounded, self.exact))
+            error = max(float((own[i].double() - exact[i]).abs().max()) for own, exact in zip(rounded, plain))
             self.bars.append(2 * error + 4 * torch.finfo(dtype).eps * largest)
 
     def error(self, results: list[torch.Tensor]) -> float:
-        """The largest error of results [out] or [out, dq, dk, dv], as a multiple of the bar: at most 1 is right."""
+        """The largest error of results, in the order of _results, as a multiple of the bar: at most 1 is right."""
         if self.case.dropout:
             return self._dropout_error(results[0])
         group = self.case.shape.HQ // self.case.shape.HK
         worst = 0.0
         for (b, h, _), exact in zip(self.corners, self.exact):
-            heads = (slice(h * group, (h + 1) * group), slice(h, h + 1))
+            heads, one = slice(h * group, (h + 1) * group), slice(h, h + 1)
             for i, (result, bar) in enumerate(zip(results, self.bars, strict=True)):
-                part = result.detach()[b:b + 1, heads[0] if i < 2 else heads[1]].double()
+                part = result.detach()[b, one if i in (2, 3) else heads].double()
                 if self.case.lengths:
                     part = part[:, :, :exact[i].shape[2]]
                 wanted = exact[i]
@@ -112,10 +133,10 @@ class Reference:
         worst = 0.0
         for b, h, corner in self.corners:
             query, key, value = (t.double() for t in (corner.query, corner.key, corner.value))
-            identity = torch.eye(key.shape[2], dtype=torch.float64)[None, None]
+            identity = torch.eye(key.shape[2], dtype=torch.float64, device=key.device)[None, None]
             weights = eager(query, key, identity, corner.mask, corner.causal)
             spread = (weights.square() @ value.square() * (p / (1 - p))).sqrt()
-            part = out.detach()[b:b + 1, h * group:(h + 1) * group].double()
+            part = out.detach()[b, h * group:(h + 1) * group].double()
             z = (part - weights @ value) / spread
             worst = max(worst, float(z.mean().abs()) / 0.05, abs(float(z.var()) - 1) / 0.1)
         return worst if math.isfinite(worst) else math.inf

@@ -1,10 +1,12 @@
-"""Who is measured: one adapter for each attention implementation, all with the same three methods.
+"""Who is measured on a CPU: one adapter for each attention implementation, all with the same three methods. Those of a
+GPU are in peers_cuda.py.
 
 `missing()` says why a peer cannot be used here, `refuses(case)` why it cannot do a case, and `open(case, threads)`
 prepares it: it returns bind, bind(inputs) returns run, and run() is what is timed. Whatever run() returns,
 `collect(value, case)` turns into [out] or [out, dq, dk, dv] as (B, H, S, D) tensors.
 """
 
+import functools
 import importlib.metadata
 
 import torch
@@ -22,7 +24,9 @@ class Peer:
 
     name = ""
     label = ""
+    column = ""  # head of the column with the ratio to this peer, if the table has one
     default = True  # timed unless --peers says otherwise
+    asked = False   # --peers names it
 
     def missing(self) -> str | None:
         return None
@@ -47,23 +51,33 @@ class Peer:
 class TorchPeer(Peer):
     """A peer that is a function on tensors; differentiated by autograd where the case has a backward."""
 
-    def attention(self, inputs: Inputs) -> torch.Tensor:
+    def call(self, inputs: Inputs):
+        """A function without arguments that returns the output."""
         raise NotImplementedError
 
     def open(self, case: Case, threads: int):
-        def bind(inputs: Inputs):
-            def forward():
-                with torch.no_grad():
-                    return (self.attention(inputs),)
+        return lambda inputs: timed_part(case, inputs, self.call(inputs))
 
-            def both():
-                out = self.attention(inputs)
-                leaves = (inputs.query, inputs.key, inputs.value)
-                return (out, *torch.autograd.grad(out, leaves, inputs.gradient))
+    def collect(self, value, case: Case) -> list[torch.Tensor]:
+        return [value] if isinstance(value, torch.Tensor) else list(value)
 
-            return both if case.backward else forward
 
-        return bind
+def timed_part(case: Case, inputs: Inputs, attention):
+    """What is timed of a case for a function without arguments that returns the output."""
+    def forward():
+        with torch.no_grad():
+            return (attention(),)
+
+    def both():
+        out = attention()
+        return (out, *torch.autograd.grad(out, inputs.leaves, inputs.gradient))
+
+    if case.host:
+        return attention
+    if not case.backward_alone:
+        return both if case.backward else forward
+    out, leaves = attention(), inputs.leaves
+    return lambda: (out, *torch.autograd.grad(out, leaves, inputs.gradient, retain_graph=True))
 
 
 class Ours(TorchPeer):
@@ -95,9 +109,9 @@ class Ours(TorchPeer):
 
         return serving.collect(case, value) if serving.concerns(case) else super().collect(value, case)
 
-    def attention(self, inputs: Inputs) -> torch.Tensor:
-        return self.function(inputs.query, inputs.key, inputs.value, inputs.mask, inputs.dropout, inputs.causal,
-                             enable_gqa=inputs.gqa)
+    def call(self, inputs: Inputs):
+        return functools.partial(self.function, inputs.query, inputs.key, inputs.value, inputs.mask, inputs.dropout,
+                                 inputs.causal, enable_gqa=inputs.gqa, **inputs.options)
 
 
 class Own(Ours):
@@ -105,6 +119,7 @@ class Own(Ours):
 
     name = OWN
     label = "flashattn_ext, other way"
+    column = "x own"
 
     def concerns(self, case: Case) -> bool:
         from . import serving
@@ -120,90 +135,29 @@ class Own(Ours):
 class TorchSDPA(TorchPeer):
     name = "sdpa"
     label = "torch SDPA"
+    column = "x SDPA"
 
-    def attention(self, inputs: Inputs) -> torch.Tensor:
-        return F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, inputs.mask, inputs.dropout,
-                                              inputs.causal, enable_gqa=inputs.gqa)
+    def call(self, inputs: Inputs):
+        return functools.partial(F.scaled_dot_product_attention, inputs.query, inputs.key, inputs.value, inputs.mask,
+                                 inputs.dropout, inputs.causal, enable_gqa=inputs.gqa)
 
 
 class Eager(TorchPeer):
     name = "eager"
     label = "eager"
 
-    def attention(self, inputs: Inputs) -> torch.Tensor:
-        return check.eager(inputs.query, inputs.key, inputs.value, inputs.mask, inputs.causal, inputs.dropout)
-
-
-class Flex(Peer):
-    """torch's FlexAttention, compiled anew for each case: several seconds each, so only on request."""
-
-    name = "flex"
-    label = "FlexAttention"
-    default = False
-
-    def missing(self) -> str | None:
-        try:
-            from torch.nn.attention import flex_attention  # noqa: F401
-        except ImportError as error:
-            return str(error)
-        return None
-
-    def refuses(self, case: Case) -> str | None:
-        if case.backward:
-            return "no backward on the CPU"
-        if case.dropout:
-            return "no dropout"
-        if case.lengths:
-            return "no packed sequences"
-        return None
-
-    def open(self, case: Case, threads: int):
-        from torch.nn.attention.flex_attention import flex_attention
-
-        torch.compiler.reset()  # else the limit on recompilations turns later cases into the uncompiled fallback
-        compiled = torch.compile(flex_attention, dynamic=False)
-
-        def bind(inputs: Inputs):
-            arguments = {**_flex_masking(inputs), "enable_gqa": inputs.gqa}
-
-            def run():
-                with torch.no_grad():
-                    return (compiled(inputs.query, inputs.key, inputs.value, **arguments),)
-
-            return run
-
-        return bind
-
-
-def _flex_masking(inputs: Inputs) -> dict:
-    """FlexAttention's arguments for the case's mask; building a block mask is not timed, a model builds it once."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    mask = inputs.mask
-    if mask is None and not inputs.causal:
-        return {}
-    if mask is not None and mask.dtype != torch.bool:
-        return {"score_mod": lambda score, b, h, q, k: score + mask[q, k]}
-    if mask is None:
-        def visible(b, h, q, k):
-            return q >= k
-    elif mask.dim() == 4:
-        def visible(b, h, q, k):
-            return mask[b, 0, 0, k]
-    else:
-        def visible(b, h, q, k):
-            return mask[q, k]
-    batches = mask.shape[0] if mask is not None and mask.dim() == 4 else None
-    block = create_block_mask(visible, batches, None, inputs.query.shape[2], inputs.key.shape[2], device="cpu")
-    return {"block_mask": block}
+    def call(self, inputs: Inputs):
+        return functools.partial(check.eager, inputs.query, inputs.key, inputs.value, inputs.mask, inputs.causal,
+                                 inputs.dropout)
 
 
 def all_peers() -> list[Peer]:
     """Every adapter; the first that runs is the one the others are compared with."""
+    from .peer_flex import Flex
     from .peer_onnxruntime import OnnxRuntime
     from .peer_openvino import OpenVinoPaged, OpenVinoSDPA
 
-    return [Ours(), Own(), TorchSDPA(), Eager(), OpenVinoPaged(), OpenVinoSDPA(), OnnxRuntime(), Flex()]
+    return [Ours(), TorchSDPA(), Own(), Eager(), OpenVinoPaged(), OpenVinoSDPA(), OnnxRuntime(), Flex()]
 
 
 def package_version(package: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import os
 import platform
 import sys
@@ -14,15 +15,17 @@ from .run import Result, cache_bytes, quartiles
 
 FLAGS = ("fma", "f16c", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16",
          "asimd", "bf16")
-COLUMNS = ("case", "ms", "+-", "rate", "of ceiling", "x SDPA", "x own", "x best", "best other")
+FIRST_COLUMNS, LAST_COLUMNS = ("case", "ms", "+-", "rate", "of ceiling"), ("x best", "best other")
+FEW_RATIOS = 2  # columns of ratios; with more of them a table is cut where other peers were timed
+LARGE_RATE = 1e4  # from which GFLOP/s and GB/s are shown as TFLOP/s and TB/s
 MARKERS = "os^DvP*X"
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def machine(peers: list[Peer]) -> dict:
-    """What the figures depend on: processor, instruction sets, threads, versions."""
+def machine(peers: list[Peer], device: str = "cpu") -> dict:
+    """What the figures depend on: processor, instruction sets, threads, versions; the GPU of device "cuda"."""
     model, flags = platform.processor() or platform.machine(), []
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -36,6 +39,7 @@ def machine(peers: list[Peer]) -> dict:
     except OSError:
         pass
     return {
+        "device": _gpu() if device == "cuda" else None,
         "cpu": model,
         "flags": [flag for flag in FLAGS if flag in flags],
         "processors": os.cpu_count(),
@@ -51,6 +55,13 @@ def machine(peers: list[Peer]) -> dict:
     }
 
 
+def _gpu() -> dict:
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"name": found.name, "capability": f"{found.major}.{found.minor}", "memory": found.total_memory,
+            "multiprocessors": found.multi_processor_count, "last_cache_bytes": found.L2_cache_size,
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+
+
 def _build_info():
     try:
         import flashattn_ext
@@ -62,16 +73,16 @@ def _build_info():
 
 def describe(found: dict, machine_ceilings: Ceilings) -> list[str]:
     """The lines above the table."""
-    limit = f"; FLASHATTN_EXT_ISA={found['isa_limit']}" if found["isa_limit"] else ""
-    c = machine_ceilings
-    bf16 = f"{c.dot_bf16_gflops:.0f} GFLOP/s bfloat16, " if c.dot_bf16_gflops else ""
     others = {name: version for name, version in found["versions"].items() if version != found["torch"]}
-    return [
-        f"{found['cpu']}, {found['threads']} of {found['processors']} processors; {' '.join(found['flags'])}{limit}",
-        ", ".join(f"{name} {version}" for name, version in {"torch": found["torch"], **others}.items()),
-        f"ceilings with {c.threads} threads ({c.method}): {c.fma_gflops:.0f} GFLOP/s float32, {bf16}"
-        f"{c.read_gbs:.1f} GB/s read",
-    ]
+    versions = ", ".join(f"{name} {version}" for name, version in {"torch": found["torch"], **others}.items())
+    gpu = found["device"]
+    if gpu:
+        size = f"{gpu['multiprocessors']} multiprocessors, {gpu['memory'] / 2**30:.0f} GiB"
+        return [f"{gpu['name']}, {size}; {found['cpu']}", f"{versions}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}",
+                machine_ceilings.describe()]
+    limit = f"; FLASHATTN_EXT_ISA={found['isa_limit']}" if found["isa_limit"] else ""
+    processors = f"{found['threads']} of {found['processors']} processors"
+    return [f"{found['cpu']}, {processors}; {' '.join(found['flags'])}{limit}", versions, machine_ceilings.describe()]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -90,6 +101,18 @@ def rate(result: Result, ceilings: Ceilings) -> tuple[float, str, float | None]:
     return figure, unit, figure / ceiling if ceiling else None
 
 
+def _rate_text(figure: float, unit: str) -> str:
+    if figure >= LARGE_RATE:
+        figure, unit = figure / 1e3, unit.replace("G", "T", 1)
+    return f"{figure:.0f} {unit}" if figure >= 100 else f"{figure:.3g} {unit}"
+
+
+def columns(results: list[Result], peers: dict[str, Peer]) -> dict[str, str]:
+    """Peers whose ratio has a column of its own, and its head: those that were timed and have one."""
+    return {name: peer.column for name, peer in peers.items()
+            if peer.column and any(result.subject != name and result.ratio(name) for result in results)}
+
+
 def _times(ratios: list[float] | None) -> str:
     if not ratios:
         return "-"
@@ -97,31 +120,48 @@ def _times(ratios: list[float] | None) -> str:
     return f"{middle:.2f}" if middle < 10 else f"{middle:.1f}"
 
 
-def row(result: Result, ceilings: Ceilings, labels: dict[str, str]) -> list[str]:
-    """One line of the table, in the order of COLUMNS."""
+def row(result: Result, ceilings: Ceilings, peers: dict[str, Peer], ratios) -> list[str]:
+    """One line of the table; ratios: the peers of the columns between the first and the last."""
     own = result.peers[result.subject]
     if not own.times:
-        return [result.case.name, own.skipped or "-", *["-"] * (len(COLUMNS) - 2)]
+        rest = len(FIRST_COLUMNS) + len(ratios) + len(LAST_COLUMNS) - 2
+        return [result.case.name, own.skipped or "-", *["-"] * rest]
     low, middle, high = quartiles(own.times)
     figure, unit, share = rate(result, ceilings)
     best = result.best_peer()
     name = result.case.name + (" WRONG" if result.wrong else "")
-    return [name, f"{middle * 1e3:.3g}", f"{(high - low) / middle:.0%}", f"{figure:.3g} {unit}",
-            "-" if share is None else f"{share:.0%}", _times(result.ratio("sdpa")) if result.subject != "sdpa" else "-",
-            _times(result.ratio(OWN)), _times(result.ratio(best)) if best else "-", labels[best] if best else "-"]
+    return [name, f"{middle * 1e3:.3g}", f"{(high - low) / middle:.0%}", _rate_text(figure, unit),
+            "-" if share is None else f"{share:.0%}", *(_times(result.ratio(of)) for of in ratios),
+            _times(result.ratio(best)) if best else "-", peers[best].label if best else "-"]
 
 
-def notes(results: list[Result], labels: dict[str, str]) -> list[str]:
-    """What the columns mean, and why which peer is left out of how many cases."""
-    subject = labels[results[0].subject]
-    lines = [f"ms: median time of a call of {subject}; +-: the middle half of the rounds, as a share of it; x SDPA, "
-             "x best: its speed over that of torch's SDPA and of the fastest other, medians of the rounds' ratios; of "
-             "ceiling: of memory read for GB/s; of multiply-adds for GFLOP/s, those of bfloat16 for bf16 where the "
-             "processor has them, of float32 otherwise."]
+def _legend(results: list[Result], peers: dict[str, Peer], device: str) -> list[str]:
+    subject = peers[results[0].subject].label
+    columns_are = {
+        "cpu": "x SDPA, x best: its speed over that of torch's SDPA and of the fastest other, medians of the rounds' "
+               "ratios; of ceiling: of memory read for GB/s; of multiply-adds for GFLOP/s, those of bfloat16 for bf16 "
+               "where the processor has them, of float32 otherwise.",
+        "cuda": "x NAME, x best: its speed over that of a peer and of the fastest, medians of the rounds' ratios; of "
+                "ceiling: of memory read for GB/s, of a large matrix product for TFLOP/s (float32: none). A case of "
+                "the host takes the time until a call returns, decode is one in a CUDA graph, backward is without the "
+                "forward before it.",
+    }
+    lines = [f"ms: median time of a call of {subject}; +-: the middle half of the rounds, as a share of it; "
+             + columns_are[device]]
     if any(result.ratio(OWN) for result in results):
+        packed = "; of packed sequences over a call for each. x SDPA of packed sequences: over a padded batch."
         lines.append("x own: its speed over that of another way with this package: of a paged cache over one in one "
-                     "piece; of a quantised cache over one in the query's dtype; of several new tokens over one; of "
-                     "packed sequences over a call for each. x SDPA of packed sequences: over a padded batch.")
+                     "piece; of a quantised cache over one in the query's dtype; of several new tokens over one"
+                     + (packed if device == "cpu" else "."))
+    if any(result.case.dropout for result in results):
+        lines.append("dropout: which weights are dropped is each peer's own affair, so of the output mean and variance "
+                     "are checked, of gradients nothing.")
+    return lines
+
+
+def notes(results: list[Result], peers: dict[str, Peer], device: str = "cpu") -> list[str]:
+    """What the columns mean, and why which peer is left out of how many cases."""
+    lines = _legend(results, peers, device)
     reasons: dict[str, dict[str, int]] = {}
     for result in results:
         for name, sampled in result.peers.items():
@@ -129,34 +169,57 @@ def notes(results: list[Result], labels: dict[str, str]) -> list[str]:
                 counts = reasons.setdefault(name, {})
                 counts[sampled.skipped] = counts.get(sampled.skipped, 0) + 1
     for name, counts in reasons.items():
-        lines.append(f"{labels[name]} left out: " + "; ".join(f"{reason} ({n})" for reason, n in counts.items()))
+        lines.append(f"{peers[name].label} left out: " + "; ".join(f"{reason} ({n})" for reason, n in counts.items()))
     return lines
 
 
-def markdown(results: list[Result], ceilings: Ceilings, labels: dict[str, str]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
-    lines += ["| " + " | ".join(row(result, ceilings, labels)) + " |" for result in results]
-    return "\n".join(lines) + "\n"
+def _tables(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> list[tuple]:
+    """(results, head, rows) of each table."""
+    parts = [results]
+    if len(columns(results, peers)) > FEW_RATIOS:
+        ops = [list(group) for _, group in itertools.groupby(results, lambda result: result.case.op)]
+        alike = itertools.groupby(ops, lambda group: columns(group, peers))
+        parts = [list(itertools.chain(*groups)) for _, groups in alike]
+    tables = []
+    for part in parts:
+        ratios = columns(part, peers)
+        head = [*FIRST_COLUMNS, *ratios.values(), *LAST_COLUMNS]
+        tables.append((part, head, [row(result, ceilings, peers, ratios) for result in part]))
+    return tables
 
 
-def plain(results: list[Result], ceilings: Ceilings, labels: dict[str, str]) -> str:
-    """The table in plain text, for terminals without rich."""
-    rows = [list(COLUMNS)] + [row(result, ceilings, labels) for result in results]
-    widths = [max(len(line[i]) for line in rows) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) if i in (0, len(COLUMNS) - 1) else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in rows)
+def markdown(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> str:
+    texts = []
+    for _, head, rows in _tables(results, ceilings, peers):
+        lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
+        texts.append("\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n")
+    return "\n".join(texts)
 
 
-def rich_table(results: list[Result], ceilings: Ceilings, labels: dict[str, str]):
+def plain(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> str:
+    """The tables in plain text."""
+    texts = []
+    for _, head, rows in _tables(results, ceilings, peers):
+        widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+        texts.append("\n".join("  ".join(cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
+                                         for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+                               for line in [head, *rows]))
+    return "\n\n".join(texts)
+
+
+def rich_tables(results: list[Result], ceilings: Ceilings, peers: dict[str, Peer]) -> list:
+    return [_rich_table(*parts) for parts in _tables(results, ceilings, peers)]
+
+
+def _rich_table(results: list[Result], head: list[str], rows: list[list[str]]):
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i in (0, len(COLUMNS) - 1) else "right", no_wrap=True)
+    for i, column in enumerate(head):
+        table.add_column(column, justify="left" if i in (0, len(head) - 1) else "right", no_wrap=True)
     before = None
-    for result in results:
-        cells = row(result, ceilings, labels)
-        for column in (5, 6, 7):
+    for result, cells in zip(results, rows):
+        for column in range(len(FIRST_COLUMNS), len(head) - 1):
             if cells[column] != "-":
                 cells[column] = f"[{'green' if float(cells[column]) >= 1 else 'red'}]{cells[column]}[/]"
         if before not in (None, result.case.op):
@@ -179,12 +242,14 @@ def as_json(results: list[Result], ceilings: Ceilings, found: dict) -> dict:
         best = result.best_peer()
         rows.append({
             "name": case.name, "op": case.op, "shape": dataclasses.asdict(case.shape), "dtype": case.dtype,
-            "causal": case.causal, "mask": case.mask, "dropout": case.dropout, "page": case.page,
-            "stored": case.stored, "lengths": case.lengths, "flops": case.flops, "bytes": case.bytes,
+            "causal": case.causal, "mask": case.mask, "mask_gradient": case.mask_gradient, "option": case.option,
+            "dropout": case.dropout, "page": case.page, "stored": case.stored, "lengths": case.lengths,
+            "flops": case.flops, "bytes": case.bytes,
             "rate": figure, "unit": unit, "share_of_ceiling": share, "wrong": result.wrong, "best_peer": best,
             "ratio_to_sdpa": _spread(result.ratio("sdpa")),
             "ratio_to_own": _spread(result.ratio(OWN)),
             "ratio_to_best": _spread(result.ratio(best)) if best else None,
+            "ratios": {name: _spread(result.ratio(name)) for name in result.peers if name != result.subject},
             "peers": {name: {"seconds": _spread(p.times), "rounds": p.times, "error_of_bar": p.error,
                              "skipped": p.skipped} for name, p in result.peers.items()},
         })
@@ -199,19 +264,22 @@ def _spread(values: list[float] | None) -> dict | None:
     return {"median": middle, "q1": low, "q3": high}
 
 
-def plot(results: list[Result], labels: dict[str, str], path: str, title: str) -> None:
-    """Speed of every peer relative to torch's SDPA (to the subject, where SDPA was not timed), a row for each case."""
+def plot(results: list[Result], peers: dict[str, Peer], path: str, title: str) -> None:
+    """Speed of every peer relative to torch's SDPA (to the subject, where SDPA was timed in few cases), a row for each
+    case."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    base = "sdpa" if any(r.peers.get("sdpa") and r.peers["sdpa"].times for r in results) else results[0].subject
+    with_sdpa = sum(1 for r in results if r.peers.get("sdpa") and r.peers["sdpa"].times)
+    base = "sdpa" if 2 * with_sdpa > len(results) else results[0].subject
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.2 * len(results)), layout="constrained")
     names = list(dict.fromkeys(name for r in results for name in r.peers))
     for index, name in enumerate(names):
         points = [(y, quartiles([b / a for a, b in zip(r.peers[name].times, r.peers[base].times)]))
-                  for y, r in enumerate(results) if name in r.peers and r.peers[name].times and r.peers[base].times]
+                  for y, r in enumerate(results)
+                  if all(r.peers.get(who) and r.peers[who].times for who in (name, base))]
         if not points:
             continue
         ys, spreads = [y for y, _ in points], [s for _, s in points]
@@ -219,7 +287,7 @@ def plot(results: list[Result], labels: dict[str, str], path: str, title: str) -
         bars = [[s[1] - s[0] for s in spreads], [s[2] - s[1] for s in spreads]]
         first = name == results[0].subject
         axes.errorbar(middles, ys, xerr=bars, fmt=MARKERS[index % len(MARKERS)], color=f"C{index}", elinewidth=1,
-                      markersize=6 if first else 4, zorder=3 if first else 2, label=labels[name])
+                      markersize=6 if first else 4, zorder=3 if first else 2, label=peers[name].label)
     for y in range(1, len(results)):
         if results[y].case.op != results[y - 1].case.op:
             axes.axhline(y - 0.5, color="0.8", linewidth=1)
@@ -229,7 +297,7 @@ def plot(results: list[Result], labels: dict[str, str], path: str, title: str) -
     axes.set_yticks(range(len(results)), [r.case.name for r in results], fontsize=7)
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.grid(axis="x", color="0.9")
-    axes.set_xlabel(f"speed relative to {labels[base]} (bars: the middle half of the rounds)")
+    axes.set_xlabel(f"speed relative to {peers[base].label} (bars: the middle half of the rounds)")
     axes.set_title(title, fontsize=9)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     figure.savefig(path, dpi=120)

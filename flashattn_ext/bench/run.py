@@ -1,7 +1,7 @@
-"""The measurement: in one process, the peers in turn within each round, medians over the rounds.
+"""The measurement on a CPU: in one process, the peers in turn within each round, medians over the rounds.
 
 A round gives each peer one sample: the mean time of a few calls. Ratios are taken within a round and their median is
-reported, so that a machine that slows down for a while slows both sides of a ratio.
+reported, so that a machine that slows down for a while slows both sides of a ratio. run_cuda.py does the same on a GPU.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-class _Turn:
+class Turn:
     """One peer's part of a case: bound to the current inputs, and how many calls make a sample."""
 
     def __init__(self, peer: Peer, bind) -> None:
@@ -124,12 +124,12 @@ def measure_case(case: Case, peers: list[Peer], rounds: int, seconds: float, see
     peers = [peer for peer in peers if peer.concerns(case)]
     deadline = time.perf_counter() + seconds
     generator = torch.Generator().manual_seed(seed)
-    inputs = [draw(case, generator) for _ in range(_copies(case))]
+    inputs = [draw(case, generator) for _ in range(copies(case, cache_bytes()))]
     reference = Reference(case, inputs[0])
     result = Result(case, {peer.name: Sampled() for peer in peers}, peers[0].name)
     turns = []
     for peer in peers:
-        turn = _prepare(peer, case, inputs, reference, result.peers[peer.name], own=peer is peers[0], seconds=seconds)
+        turn = prepare(peer, case, inputs, reference, result.peers[peer.name], own=peer is peers[0], seconds=seconds)
         if turn is not None:
             turns.append(turn)
     redraw = len(inputs) == 1 and case.bytes < REDRAW_BYTES
@@ -146,18 +146,19 @@ def measure_case(case: Case, peers: list[Peer], rounds: int, seconds: float, see
     return result
 
 
-def _copies(case: Case) -> int:
+def copies(case: Case, cache: int) -> int:
     """How many inputs a case cycles through. A model's decode finds each layer's keys and values in memory, not in a
-    cache of the processor, so decode gets more of them than the caches hold."""
+    cache of the processor, so decode gets more of them than the last cache holds, which has so many bytes."""
     if case.bound != "memory":
         return 1
     low, high = COLD_BYTES
-    return max(2, math.ceil(min(max(low, 2 * cache_bytes()), high) / case.bytes))
+    return max(2, math.ceil(min(max(low, 2 * cache), high) / case.bytes))
 
 
-def _prepare(peer: Peer, case: Case, inputs: list[Inputs], reference: Reference, sampled: Sampled, own: bool,
-             seconds: float):
-    """Opens, checks and warms up a peer; None, with the reason in sampled, if it is not to be timed.
+def prepare(peer: Peer, case: Case, inputs: list[Inputs], reference: Reference, sampled: Sampled, own: bool,
+            seconds: float, kind=Turn):
+    """Opens, checks and warms up a peer: a turn of that kind, or None, with the reason in sampled, if it is not to be
+    timed.
 
     A peer that needs longer for one call than the case has in all is left out, except torch's SDPA.
     """
@@ -165,32 +166,37 @@ def _prepare(peer: Peer, case: Case, inputs: list[Inputs], reference: Reference,
     if sampled.skipped:
         return None
     try:
-        turn = _Turn(peer, peer.open(case, torch.get_num_threads()))
+        turn = kind(peer, peer.open(case, torch.get_num_threads()))
         turn.take(inputs)
         value, elapsed = turn.first_call()
         sampled.error = reference.error(peer.collect(value, case))
+        if not own:
+            sampled.skipped = _unfit(peer, sampled.error, elapsed, seconds)
+        if sampled.skipped is None:
+            turn.warm_up()
     except Exception as error:  # a peer of any make may fail in any way; ours may not
         if own:
             raise
         lines = str(error).strip().splitlines() or [""]
         sampled.skipped = f"{type(error).__name__}: {lines[0][:200]}"
-        return None
-    if not own and not sampled.error <= PEER_SLACK:
-        sampled.skipped = f"its result is wrong: {sampled.error:.3g} times the error allowed"
-        return None
-    if elapsed > max(seconds, SLOW_SECONDS) and not own and peer.name != "sdpa":
-        sampled.skipped = "a call takes over a second, longer than the case has (--seconds)"
-        return None
-    turn.warm_up()
-    return turn
+    return turn if sampled.skipped is None else None
 
 
-def measure_all(cases: list[Case], peers: list[Peer], rounds: int, seconds: float, on_case) -> tuple:
+def _unfit(peer: Peer, error: float, elapsed: float, seconds: float) -> str | None:
+    if not error <= PEER_SLACK:
+        return f"its result is wrong: {error:.3g} times the error allowed"
+    if elapsed > max(seconds, SLOW_SECONDS) and peer.name != "sdpa":
+        return "a call takes over a second, longer than the case has (--seconds)"
+    return None
+
+
+def measure_all(cases: list[Case], peers: list[Peer], rounds: int, seconds: float, on_case, measure_case=measure_case,
+                measure_ceilings=ceilings.measure) -> tuple:
     """All cases in about `seconds` -> (results, ceilings).
 
     on_case(case) is called before each case, on_case(None) at the end.
     """
-    machine = ceilings.measure()
+    machine = measure_ceilings()
     end = time.perf_counter() + seconds
     results = []
     for index, case in enumerate(cases):
@@ -198,4 +204,4 @@ def measure_all(cases: list[Case], peers: list[Peer], rounds: int, seconds: floa
         share = max(0.0, end - time.perf_counter()) / (len(cases) - index)
         results.append(measure_case(case, peers, rounds, share, seed=index))
     on_case(None)
-    return results, ceilings.best(machine, ceilings.measure())
+    return results, machine.best(measure_ceilings())

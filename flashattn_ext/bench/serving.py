@@ -48,7 +48,7 @@ def collect(case: Case, value) -> list[torch.Tensor]:
 # ---- a cache --------------------------------------------------------------------------------------------------------
 
 
-def _by_tokens(x: torch.Tensor) -> torch.Tensor:
+def by_tokens(x: torch.Tensor) -> torch.Tensor:
     """(B, H, S, ...) -> (B, S, H, ...), laid out in memory like that."""
     return x.transpose(1, 2).contiguous()
 
@@ -56,9 +56,9 @@ def _by_tokens(x: torch.Tensor) -> torch.Tensor:
 def _decode(inputs: Inputs, query: torch.Tensor, page: int):
     from flashattn_ext import decode_attention
 
-    query, key, value = (_by_tokens(x) for x in (query, inputs.key, inputs.value))
+    query, key, value = (by_tokens(x) for x in (query, inputs.key, inputs.value))
     batch, tokens = key.shape[:2]
-    lengths = torch.full((batch,), tokens, dtype=torch.int32)
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=key.device)
     causal = inputs.mask is not None
     table = None
     if page:
@@ -76,6 +76,7 @@ def _pages(x: torch.Tensor, page: int) -> tuple[torch.Tensor, torch.Tensor]:
     count = -(-tokens // page)
     x = F.pad(x, (0, 0, 0, 0, 0, count * page - tokens)).view(batch * count, page, *x.shape[2:])
     place = torch.randperm(len(x), generator=torch.Generator().manual_seed(len(x)))
+    place = place.to(x.device)
     pages = torch.empty_like(x)
     pages[place] = x
     return pages, place.view(batch, count).to(torch.int32)
@@ -84,9 +85,9 @@ def _pages(x: torch.Tensor, page: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _quantised(inputs: Inputs):
     from flashattn_ext import decode_attention
 
-    query, key, value = (_by_tokens(x) for x in (inputs.query, *inputs.stored))
-    k_scale, v_scale = (_by_tokens(x) for x in inputs.scales)
-    lengths = torch.full((len(key),), key.shape[1], dtype=torch.int32)
+    query, key, value = (by_tokens(x) for x in (inputs.query, *inputs.stored))
+    k_scale, v_scale = (by_tokens(x) for x in inputs.scales)
+    lengths = torch.full((len(key),), key.shape[1], dtype=torch.int32, device=key.device)
 
     def run():
         return decode_attention(query, key, value, lengths, causal=False, k_scale=k_scale, v_scale=v_scale)
@@ -97,16 +98,26 @@ def _quantised(inputs: Inputs):
 # ---- packed sequences -----------------------------------------------------------------------------------------------
 
 
+def pack(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The first so many rows of each sequence of x (B, H, S, D), one behind the other: (T, H, D)."""
+    return torch.cat([row[:, :n].transpose(0, 1) for row, n in zip(x, lengths)])
+
+
+def starts(lengths: list[int], device) -> torch.Tensor:
+    """Where each of packed sequences begins, and the end: (B + 1,) int32."""
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+
+
 def _packed(inputs: Inputs):
     from flashattn_ext import varlen_attn
 
-    query, key, value = (torch.cat([row[:, :n].transpose(0, 1) for row, n in zip(x, inputs.lengths)])
-                         for x in (inputs.query, inputs.key, inputs.value))
-    bounds = torch.tensor([0, *inputs.lengths]).cumsum(0, dtype=torch.int32)
+    query, key, value = (pack(x, inputs.lengths) for x in (inputs.query, inputs.key, inputs.value))
+    bounds = starts(inputs.lengths, query.device)
     longest = max(inputs.lengths)
+    window = (-1, 0 if inputs.causal else -1)
 
     def run():
-        return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0),
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=window,
                            enable_gqa=inputs.gqa)
 
     return run
@@ -119,7 +130,7 @@ def _one_by_one(inputs: Inputs):
                  for b, n in enumerate(inputs.lengths)]
 
     def run():
-        return [scaled_dot_product_attention(*sequence, is_causal=True, enable_gqa=inputs.gqa)
+        return [scaled_dot_product_attention(*sequence, is_causal=inputs.causal, enable_gqa=inputs.gqa)
                 for sequence in sequences]
 
     return run

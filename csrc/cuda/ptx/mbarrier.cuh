@@ -34,6 +34,21 @@ __device__ __forceinline__ void fa_mbar_arrive(uint64_t *bar)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(fa_shared_address(bar)) : "memory");
 }
 
+/* One arrival for a warp, whose threads have met since they did what it tells of.
+ * FA_ARRIVE_ALL, for debugging: an arrival of each thread instead. compute-sanitizer's racecheck (2025.3) takes an
+ * arrival for that of the thread alone, and reports what the rest of its warp did. */
+#ifdef FA_ARRIVE_ALL
+enum { FA_WARP_ARRIVALS = 32 };
+#else
+enum { FA_WARP_ARRIVALS = 1 };
+#endif
+
+__device__ __forceinline__ void fa_mbar_arrive_warp(uint64_t *bar)
+{
+    if (FA_WARP_ARRIVALS > 1 || threadIdx.x % 32 == 0)
+        fa_mbar_arrive(bar);
+}
+
 /* Waits until the phase of this parity has ended; phases have the parities 0, 1, 0, .. . The loop is inside the
  * assembly, where it is one step for all threads of the warp: the compiler keeps what follows in uniform registers.
  * FA_WAIT_LIMIT, for debugging: tries after which a wait that never ends becomes an error of the launch. */

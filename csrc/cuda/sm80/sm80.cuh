@@ -189,6 +189,21 @@ template <int MT, int NA> __device__ __forceinline__ void fa_zero(float (&x)[MT]
                 x[m][n][e] = 0;
 }
 
+template <typename X> __device__ __forceinline__ void fa_copy(X &to, const X &from)
+{
+    constexpr int N = sizeof(X) / sizeof(float);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        ((float *)&to)[n] = ((const float *)&from)[n];
+}
+
+/* the n-th four of a lane's columns */
+template <int NT>
+__device__ __forceinline__ float (&fa_four_columns(float (&x)[1][NT][4], int n))[1][2][4]
+{
+    return *(float(*)[1][2][4])x[0][2 * n];
+}
+
 template <int MT, int NA> __device__ __forceinline__ void fa_add(float (&x)[MT][NA][4], const float (&y)[MT][NA][4])
 {
 #pragma unroll

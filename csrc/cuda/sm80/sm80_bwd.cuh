@@ -4,9 +4,10 @@
  *
  * No two blocks add to the same element, so that the bits do not depend on who comes first: one kernel has a tile of
  * keys and runs over the queries of all heads of the group (dK, dV), another has a tile of queries and runs over the
- * keys (dQ), a third has a tile of a float mask's gradient and runs over all scores that the mask took part in. All
- * three compute P and dS of a tile in the same way; which of queries and keys are its rows is the constant KEYS. A warp
- * has 16 or 32 rows, so that P and dS go from the results of one product to the left operand of the next in registers.
+ * keys (dQ), a third has a tile of a float mask's gradient and runs over all scores that the mask took part in
+ * (sm80_dmask.cuh). All three compute P and dS of a tile in the same way; which of queries and keys are its rows is
+ * the constant KEYS. A warp has 16 or 32 rows, so that P and dS go from the results of one product to the left operand
+ * of the next in registers.
  *
  *   block's own        streamed           results
  *   K, V (rows)        Q, dO (columns)    dV += P dO, dK += dS Q
@@ -18,7 +19,7 @@
  *   other lanes                 [ P, dS ]                                 [ P, dS ]
  *
  * A hidden pair has P = 0 and dS = 0 times what may be NaN. So sums that hold NaN are computed again with care, and as
- * slowly as operands that are no vectors: SLOW. */
+ * slowly as operands that are no vectors. Both ways end in the same code. */
 #ifndef FA_SM80_BWD_CUH
 #define FA_SM80_BWD_CUH
 
@@ -38,6 +39,17 @@ template <typename P_, int DP_, bool KEYS_, bool MOD_> struct fa_bwd_config {
     using product = float[MT][NT][4];
     using sums = float[MT][NA][4];
     using tiles = fa_row_tiles<T, CN, THREADS, DP>;
+};
+
+/* The same blocks and tiles, but 16 rows of a warp at a time; and of these four of a lane's columns. */
+template <class C> struct fa_bwd_slice : C {
+    static constexpr int MT = 1;
+    using product = float[1][C::NT][4];
+    using sums = float[1][C::NA][4];
+};
+template <class C> struct fa_bwd_four : C {
+    static constexpr int MT = 1, NT = 2;
+    using product = float[1][2][4];
 };
 
 /* Shared memory: rows, then for each stage columns and what belongs to them. */
@@ -73,19 +85,18 @@ template <int MT> struct fa_bwd_rows {
 };
 
 /* What is the same for all tiles of a head. */
-template <class C> struct fa_bwd_head {
+struct fa_bwd_head {
     fa_sm80_scores f;
     float keep;
     bool narrow, all_dropped;
 };
 
 template <class C>
-__device__ __forceinline__ fa_bwd_head<C> fa_bwd_head_of(const fa_sm80_params &p, const fa_seq *seq, int64_t h,
-                                                         int first)
+__device__ __forceinline__ fa_bwd_head fa_bwd_head_of(const fa_sm80_params &p, const fa_seq *seq, int64_t h, int first)
 {
     const fa_args *a = &p.a;
     const int lane = threadIdx.x % 32, row = first + threadIdx.x / 32 * 16 * C::MT + lane / 4;
-    fa_bwd_head<C> x;
+    fa_bwd_head x;
     x.f = fa_sm80_scores_of<C::MOD>(a, seq, h, row, lane % 4 * (C::CN / 4));
     x.keep = p.keep;
     x.all_dropped = p.keep == 0;
@@ -143,7 +154,7 @@ __device__ __forceinline__ void fa_bwd_score(typename C::product &s, typename C:
 /* Bit e + 4 n of word m: dropout drops s[m][n][e]. Of an evaluation's eight weights a lane has, with rows of queries,
  * those of both its rows and two neighbouring columns; with rows of keys, of both its rows and one column. */
 template <class C>
-__device__ __forceinline__ void fa_bwd_dropped(uint32_t (&dropped)[C::MT], const fa_bwd_head<C> &head, int col0)
+__device__ __forceinline__ void fa_bwd_dropped(uint32_t (&dropped)[C::MT], const fa_bwd_head &head, int col0)
 {
     static_assert(4 * C::NT <= 32 && C::NT <= 4, "a bit for each of a lane's results; columns on one side of 16");
     const fa_sm80_scores &f = head.f;
@@ -173,7 +184,7 @@ __device__ __forceinline__ void fa_bwd_dropped(uint32_t (&dropped)[C::MT], const
 /* w: scores to P, 0 where dropout drops; ds: dP to dS. CARE: what is hidden may meet NaN. */
 template <class C, bool SLOPES, bool CARE>
 __device__ __forceinline__ void fa_bwd_gradients(typename C::product &w, typename C::product &ds,
-                                                 const typename C::product &slope, const fa_bwd_head<C> &head,
+                                                 const typename C::product &slope, const fa_bwd_head &head,
                                                  const float *sLse2, const fa_bwd_rows<C::MT> &rows, int col0)
 {
     const bool dropout = C::MOD && head.f.p.dropout, capped = SLOPES && head.f.p.cap > 0;
@@ -205,32 +216,84 @@ __device__ __forceinline__ void fa_bwd_gradients(typename C::product &w, typenam
         }
 }
 
+/* S and dP of a tile, unscaled, of rows row0 .. of the block */
+template <class C>
+__device__ __forceinline__ void fa_bwd_products(typename C::product &s, typename C::product &dp,
+                                                const fa_bwd_tiles<C> &sh, int row0, int stage, bool narrow)
+{
+    using nk = fa_nk<typename C::P, C::DP, C::MT, C::NT>;
+    fa_zero(s);
+    fa_zero(dp);
+    nk::run_two(s, dp, fa_lane_left<C::LDB>(ptx_shared(sh.row(0)), row0),
+                fa_lane_nk<C::LDB>(ptx_shared(sh.column(stage, 0))), sh.ROWS, sh.COLUMNS, narrow);
+}
+
 /* P (0 where dropout drops) and dS of a tile. SLOPES: dS is the gradient of scale Q K^T, else that of the mask. */
 template <class C, bool SLOPES, bool CARE>
 __device__ __forceinline__ void fa_bwd_weights(typename C::product &w, typename C::product &ds,
-                                               const fa_bwd_tiles<C> &sh, int stage, const fa_bwd_head<C> &head,
+                                               const fa_bwd_tiles<C> &sh, int stage, const fa_bwd_head &head,
                                                const fa_bwd_rows<C::MT> &rows, int col0, bool edges)
 {
-    using T = typename C::T;
-    using nk = fa_nk<typename C::P, C::DP, C::MT, C::NT>;
-    const int row0 = threadIdx.x / 32 * 16 * C::MT;
     typename C::product slope;
-    fa_zero(w);
-    fa_zero(ds);
-    nk::run_two(w, ds, fa_lane_left<C::LDB>(ptx_shared(sh.row(0)), row0),
-                fa_lane_nk<C::LDB>(ptx_shared(sh.column(stage, 0))), sh.ROWS, sh.COLUMNS, head.narrow);
+    fa_bwd_products<C>(w, ds, sh, threadIdx.x / 32 * 16 * C::MT, stage, head.narrow);
     fa_bwd_score<C, SLOPES && C::MOD>(w, slope, head.f, sh.mask(), col0, edges);
     fa_bwd_gradients<C, SLOPES && C::MOD, CARE>(w, ds, slope, head, sh.lse2(stage), rows, col0);
 }
 
-/* acc += w times 8 NA columns, from c0 on, of columns' tile `which` */
+/* The same for slice m of the warp's rows, of which `head` knows the first, with care; four columns at a time, in the
+ * lane's local memory. */
+template <class C>
+__device__ __forceinline__ void fa_bwd_weights_slowly(typename fa_bwd_slice<C>::product &w,
+                                                      typename fa_bwd_slice<C>::product &ds,
+                                                      const fa_bwd_tiles<fa_bwd_slice<C>> &sh, int m, fa_bwd_head head,
+                                                      const fa_bwd_rows<1> &rows, int col0, bool edges)
+{
+    using S = fa_bwd_slice<C>;
+    using F = fa_bwd_four<C>;
+    typename S::product s, dp;
+    fa_bwd_products<S>(s, dp, sh, threadIdx.x / 32 * 16 * C::MT + 16 * m, 0, false);
+    fa_copy(w, s);
+    fa_copy(ds, dp);
+    head.f.row += 16 * m;
+#pragma unroll 1
+    for (int n = 0; n < C::NT / 2; n++, head.f.column += 4) {
+        typename F::product slope, &p = fa_four_columns(w, n);
+        if (!C::KEYS && C::MOD && head.f.p.mask)
+            fa_fetch_mask<1, 2, C::THREADS>(sh.mask(), head.f, 0, col0);
+        fa_bwd_score<F, C::MOD>(p, slope, head.f, sh.mask(), col0, edges);
+        fa_bwd_gradients<F, C::MOD, true>(p, fa_four_columns(ds, n), slope, head, sh.lse2(0), rows, col0);
+    }
+}
+
+/* acc += w times 8 NA columns, from c0 on, of columns' tile `which`; narrow: the last quarter of them is 0 */
 template <class C>
 __device__ __forceinline__ void fa_bwd_add(typename C::sums &acc, const typename C::product &w,
-                                           const fa_bwd_tiles<C> &sh, int stage, int which, int c0, int64_t d)
+                                           const fa_bwd_tiles<C> &sh, int stage, int which, int c0, bool narrow)
 {
     using T = typename C::T;
     const uint32_t tile = ptx_shared(sh.column(stage, which)) + c0 * (int)sizeof(T);
-    fa_product_kn<typename C::P, C::LDB>(acc, w, fa_lane_kn<T, C::LDB>(tile), d - c0 <= fa_fewer<T>(C::DA));
+    fa_product_kn<typename C::P, C::LDB>(acc, w, fa_lane_kn<T, C::LDB>(tile), narrow);
+}
+
+template <class C> __device__ __forceinline__ bool fa_bwd_is_narrow(int64_t d, int c0)
+{
+    return d - c0 <= fa_fewer<typename C::T>(C::DA);
+}
+
+/* The same for a slice, over all of them, where w and the sums lie in the lane's local memory. */
+template <class C>
+__device__ __forceinline__ void fa_bwd_add_slowly(typename fa_bwd_slice<C>::sums &sums,
+                                                  typename fa_bwd_slice<C>::product &w,
+                                                  const fa_bwd_tiles<fa_bwd_slice<C>> &sh, int which, int c0)
+{
+    using T = typename C::T;
+    const uint32_t tile = fa_lane_kn<T, C::LDB>(ptx_shared(sh.column(0, which)) + c0 * (int)sizeof(T));
+    typename fa_bwd_slice<C>::sums acc;
+    fa_copy(acc, sums);
+#pragma unroll 1
+    for (int n = 0; n < C::NT / 2; n++)
+        fa_product_kn<typename C::P, C::LDB>(acc, fa_four_columns(w, n), tile + n * 16 * C::LDB, false);
+    fa_copy(sums, acc);
 }
 
 /* index of row i of head h in lse2 and delta */
@@ -253,18 +316,31 @@ __device__ __forceinline__ void fa_bwd_store(const fa_bwd_tiles<C> &sh, const fa
                                          vectors, at);
 }
 
-/* A tile of columns, which: 0 or 1. */
-template <class C, bool SLOW>
+/* A tile of columns, which: 0 or 1; slowly: of any strides. */
+template <class C>
 __device__ __forceinline__ void fa_bwd_load(const fa_bwd_tiles<C> &sh, int stage, int which,
                                             const typename C::tiles &tiles, const fa_load_rows &rows, int first,
-                                            int limit)
+                                            int limit, bool slowly)
 {
     using T = typename C::T;
     T *to = sh.column(stage, which);
-    if (SLOW)
-        fa_load_elements(to, C::LDB / (int)sizeof(T), C::CN, C::THREADS, rows, first, limit, 0, C::DP, true);
+    if (slowly)
+        fa_load_any(to, C::LDB / (int)sizeof(T), C::CN, C::THREADS, rows, first, limit, 0, C::DP, true);
     else
         tiles.template load<false>(ptx_shared(to), first, limit);
+}
+
+/* The block's own rows, which: 0 or 1, from row `first` of the sequence on. */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_bwd_load_own(const fa_bwd_tiles<C> &sh, int which, const fa_load_rows &rows,
+                                                int64_t first, int64_t limit)
+{
+    using T = typename C::T;
+    constexpr int LD = C::LDB / (int)sizeof(T);
+    if (SLOW)
+        fa_load_any(sh.row(which), LD, C::RM, C::THREADS, rows, first, limit, 0, C::DP, false);
+    else
+        fa_load_tile<T, C::RM, C::THREADS>(sh.row(which), LD, rows, first, limit, 0, C::DP);
 }
 
 /* ---- dK and dV --------------------------------------------------------------------------------------------------- */
@@ -318,16 +394,18 @@ template <class C> struct fa_bwd_query_source {
     }
 };
 
-/* Queries i0 .. into a stage; SLOW: those that see nothing are not read. */
-template <class C, bool SLOW>
+/* Queries i0 .. into a stage; slowly: those that see nothing are not read. */
+template <class C>
 __device__ __forceinline__ void fa_bwd_load_queries(const fa_bwd_tiles<C> &sh, int stage, const fa_sm80_params &p,
-                                                    const fa_seq *seq, const fa_bwd_query_source<C> &from, int i0)
+                                                    const fa_seq *seq, const fa_bwd_query_source<C> &from, int i0,
+                                                    bool slowly)
 {
     const int q_len = (int)seq->span.q_len, x = threadIdx.x % C::CN, i = i0 + x;
-    fa_load_rows q = fa_rows_q(&p.a, seq, &p.a.q, from.h, false), dout = fa_rows_q(&p.a, seq, &p.a.dout, from.h, false);
+    fa_load_rows q = fa_rows_q(&p.a, seq, &p.a.q, from.h, p.vectors & FA_VEC_Q);
+    fa_load_rows dout = fa_rows_q(&p.a, seq, &p.a.dout, from.h, p.vectors & FA_VEC_DOUT);
     q.skip = dout.skip = from.lse2;
-    fa_bwd_load<C, SLOW>(sh, stage, 0, from.q, q, i0, q_len);
-    fa_bwd_load<C, SLOW>(sh, stage, 1, from.dout, dout, i0, q_len);
+    fa_bwd_load(sh, stage, 0, from.q, q, i0, q_len, slowly);
+    fa_bwd_load(sh, stage, 1, from.dout, dout, i0, q_len, slowly);
     if (threadIdx.x < 2 * C::CN) {
         float *to = sh.lse2(stage) + threadIdx.x;
         if (i < q_len)
@@ -338,29 +416,27 @@ __device__ __forceinline__ void fa_bwd_load_queries(const fa_bwd_tiles<C> &sh, i
     ptx_cp_async_commit();
 }
 
-/* dK and dV of the tile */
-template <class C, bool SLOW>
+/* dK and dV of the tile: the time table above. */
+template <class C>
 __device__ __forceinline__ void fa_bwd_sum_keys(typename C::sums &dk, typename C::sums &dv, const fa_sm80_params &p,
                                                 const fa_bwd_keys_work &w, const fa_bwd_tiles<C> &sh)
 {
-    using T = typename C::T;
     const fa_args *a = &p.a;
     const fa_seq seq = w.seq;
-    const int64_t k_len = seq.span.k_len;
-    constexpr int LD = C::LDB / (int)sizeof(T), NEXT = C::STAGES - 1;
-    fa_load_tile<T, C::RM, C::THREADS>(sh.row(0), LD, fa_rows_k(a, &seq, &a->k, &a->k_scale, w.hk,
-                                                                p.vectors & FA_VEC_K), w.first, k_len, 0, C::DP);
-    fa_load_tile<T, C::RM, C::THREADS>(sh.row(1), LD, fa_rows_k(a, &seq, &a->v, &a->v_scale, w.hk,
-                                                                p.vectors & FA_VEC_V), w.first, k_len, 0, C::DP);
+    constexpr int NEXT = C::STAGES - 1;
+    fa_bwd_load_own<C, false>(sh, 0, fa_rows_k(a, &seq, &a->k, &a->k_scale, w.hk, p.vectors & FA_VEC_K), w.first,
+                              seq.span.k_len);
+    fa_bwd_load_own<C, false>(sh, 1, fa_rows_k(a, &seq, &a->v, &a->v_scale, w.hk, p.vectors & FA_VEC_V), w.first,
+                              seq.span.k_len);
     if (w.lo >= w.hi)
         return;
     const int64_t h0 = w.hk * w.group;
     fa_bwd_query_source<C> from(p, &seq, h0);
     int stage = 0;
     if (NEXT)
-        fa_bwd_load_queries<C, SLOW>(sh, 0, p, &seq, from, w.lo);
+        fa_bwd_load_queries(sh, 0, p, &seq, from, w.lo, false);
     for (int64_t h = h0; h < h0 + w.group; h++) {
-        const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, &seq, h, w.first);
+        const fa_bwd_head head = fa_bwd_head_of<C>(p, &seq, h, w.first);
         if (!NEXT)
             from = fa_bwd_query_source<C>(p, &seq, h);
 #pragma unroll 1
@@ -369,41 +445,87 @@ __device__ __forceinline__ void fa_bwd_sum_keys(typename C::sums &dk, typename C
             if (NEXT && !more && !last)
                 from = fa_bwd_query_source<C>(p, &seq, h + 1);
             if (!NEXT)
-                fa_bwd_load_queries<C, SLOW>(sh, 0, p, &seq, from, i0);
+                fa_bwd_load_queries(sh, 0, p, &seq, from, i0, false);
             else if (!last)
-                fa_bwd_load_queries<C, SLOW>(sh, stage ^ 1, p, &seq, from, more ? i0 + C::CN : w.lo);
+                fa_bwd_load_queries(sh, stage ^ 1, p, &seq, from, more ? i0 + C::CN : w.lo, false);
             else
                 ptx_cp_async_commit();
             ptx_cp_async_wait<NEXT>();
             __syncthreads();
             typename C::product s, ds;
-            fa_bwd_weights<C, true, SLOW>(s, ds, sh, stage, head, fa_bwd_rows<C::MT>(), i0,
-                                          i0 < w.full_lo || i0 + C::CN > w.full_hi);
-            fa_bwd_add<C>(dv, s, sh, stage, 1, w.c0, a->v.size[3]);
-            fa_bwd_add<C>(dk, ds, sh, stage, 0, w.c0, a->q.size[3]);
+            fa_bwd_weights<C, true, false>(s, ds, sh, stage, head, fa_bwd_rows<C::MT>(), i0,
+                                           i0 < w.full_lo || i0 + C::CN > w.full_hi);
+            fa_bwd_add<C>(dv, s, sh, stage, 1, w.c0, fa_bwd_is_narrow<C>(a->v.size[3], w.c0));
+            fa_bwd_add<C>(dk, ds, sh, stage, 0, w.c0, fa_bwd_is_narrow<C>(a->q.size[3], w.c0));
             __syncthreads();
             stage ^= NEXT;
         }
     }
 }
 
-/* All of a block's work, but false and nothing stored where a sum has become NaN or infinite. */
-template <class C, bool SLOW>
-__device__ __forceinline__ bool fa_bwd_keys(const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
+/* The same for any strides, and where hidden pairs may meet NaN. Not inlined, and short rather than fast: a tile is
+ * worked on when all of it is there, a slice of the warp's rows at a time; sums of the others lie in the lane's local
+ * memory. */
+template <class C>
+__device__ __noinline__ static void fa_bwd_sum_keys_slowly(typename fa_bwd_slice<C>::sums (&dk)[C::MT],
+                                                           typename fa_bwd_slice<C>::sums (&dv)[C::MT],
+                                                           const fa_sm80_params &p, char *smem)
+{
+    using S = fa_bwd_slice<C>;
+    const fa_args *a = &p.a;
+    const fa_bwd_keys_work w = fa_bwd_keys_work_of<C>(p);
+    const fa_bwd_tiles<S> sh{smem};
+#pragma unroll 1
+    for (int m = 0; m < C::MT; m++) {
+        fa_zero(dk[m]);
+        fa_zero(dv[m]);
+    }
+    if (w.lo >= w.hi)
+        return;
+    fa_bwd_load_own<S, true>(sh, 0, fa_rows_k(a, &w.seq, &a->k, &a->k_scale, w.hk, p.vectors & FA_VEC_K), w.first,
+                             w.seq.span.k_len);
+    fa_bwd_load_own<S, true>(sh, 1, fa_rows_k(a, &w.seq, &a->v, &a->v_scale, w.hk, p.vectors & FA_VEC_V), w.first,
+                             w.seq.span.k_len);
+#pragma unroll 1
+    for (int64_t h = w.hk * w.group; h < (w.hk + 1) * w.group; h++) {
+        const fa_bwd_query_source<S> from(p, &w.seq, h);
+        const fa_bwd_head head = fa_bwd_head_of<C>(p, &w.seq, h, w.first);
+#pragma unroll 1
+        for (int i0 = w.lo; i0 < w.hi; i0 += C::CN) {
+            fa_bwd_load_queries(sh, 0, p, &w.seq, from, i0, true);
+            ptx_cp_async_wait<0>();
+            __syncthreads();
+#pragma unroll 1
+            for (int m = 0; m < C::MT; m++) {
+                typename S::product s, ds;
+                fa_bwd_weights_slowly<C>(s, ds, sh, m, head, fa_bwd_rows<1>(), i0,
+                                         i0 < w.full_lo || i0 + C::CN > w.full_hi);
+                fa_bwd_add_slowly<C>(dv[m], s, sh, 1, w.c0);
+                fa_bwd_add_slowly<C>(dk[m], ds, sh, 0, w.c0);
+            }
+            __syncthreads();
+        }
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void fa_bwd_keys_slowly(typename C::sums &dk, typename C::sums &dv, const fa_sm80_params &p,
+                                                   char *smem)
+{
+    typename fa_bwd_slice<C>::sums slices_k[C::MT], slices_v[C::MT];
+    fa_bwd_sum_keys_slowly<C>(slices_k, slices_v, p, smem);
+#pragma unroll
+    for (int m = 0; m < C::MT; m++) {
+        fa_copy(dk[m], slices_k[m][0]);
+        fa_copy(dv[m], slices_v[m][0]);
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void fa_bwd_store_keys(const typename C::sums &dk, const typename C::sums &dv,
+                                                  const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
 {
     const fa_args *a = &p.a;
-    typename C::sums dk, dv;
-    fa_zero(dk);
-    fa_zero(dv);
-    {
-        const fa_bwd_keys_work w = fa_bwd_keys_work_of<C>(p);
-        if (!w.exists)
-            return true;
-        fa_bwd_sum_keys<C, SLOW>(dk, dv, p, w, sh);
-    }
-    ptx_cp_async_wait<0>();
-    if (!SLOW && __syncthreads_or(fa_spoilt(dk) || fa_spoilt(dv)))
-        return false;
     const fa_bwd_keys_work w = fa_bwd_keys_work_of<C>(p);
     if (a->dv.data)
         fa_bwd_store<C>(sh, &a->dv, dv, p.keep, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DV,
@@ -411,21 +533,29 @@ __device__ __forceinline__ bool fa_bwd_keys(const fa_sm80_params &p, const fa_bw
     if (a->dk.data)
         fa_bwd_store<C>(sh, &a->dk, dk, (float)a->scale, w.first, w.seq.k_rows, w.c0, p.vectors & FA_VEC_DK,
                         [&](int64_t j) { return fa_k_at(a, &w.seq, &a->dk, w.hk, j); });
-    return true;
-}
-
-template <class C> __device__ __noinline__ static void fa_bwd_keys_slowly(const fa_sm80_params &p, char *smem)
-{
-    fa_bwd_keys<C, true>(p, fa_bwd_tiles<C>{smem});
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_keys(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
+    const fa_bwd_tiles<C> sh{smem};
     const int vectors = FA_VEC_Q | FA_VEC_DOUT;
-    if ((p.vectors & vectors) != vectors || !fa_bwd_keys<C, false>(p, fa_bwd_tiles<C>{smem}))
-        fa_bwd_keys_slowly<C>(p, smem);
+    bool good = (p.vectors & vectors) == vectors;
+    typename C::sums dk, dv;
+    fa_zero(dk);
+    fa_zero(dv);
+    if (good) {
+        const fa_bwd_keys_work w = fa_bwd_keys_work_of<C>(p);
+        if (!w.exists)
+            return;
+        fa_bwd_sum_keys<C>(dk, dv, p, w, sh);
+        ptx_cp_async_wait<0>();
+        good = !__syncthreads_or(fa_spoilt(dk) || fa_spoilt(dv));
+    }
+    if (!good)
+        fa_bwd_keys_slowly<C>(dk, dv, p, smem);
+    fa_bwd_store_keys<C>(dk, dv, p, sh);
 }
 
 /* ---- dQ ---------------------------------------------------------------------------------------------------------- */
@@ -464,27 +594,30 @@ template <class C> __device__ __noinline__ static fa_bwd_queries_work fa_bwd_que
     return w;
 }
 
-/* Q and dO of the block, and of each lane's rows what belongs to them. */
-template <class C>
-__device__ __forceinline__ fa_bwd_rows<C::MT> fa_bwd_load_rows(const fa_bwd_tiles<C> &sh, const fa_sm80_params &p,
-                                                               const fa_seq *seq, int64_t h, int64_t i0)
+/* What belongs to a lane's rows, of which `first` is the first. */
+template <int MT>
+__device__ __forceinline__ fa_bwd_rows<MT> fa_bwd_rows_at(const fa_sm80_params &p, const fa_seq *seq, int64_t h,
+                                                          int64_t first)
 {
-    using T = typename C::T;
-    const fa_args *a = &p.a;
-    constexpr int LD = C::LDB / (int)sizeof(T);
     const int64_t row0 = fa_bwd_row_at(p, seq, h), q_len = seq->span.q_len;
-    fa_load_tile<T, C::RM, C::THREADS>(sh.row(0), LD, fa_rows_q(a, seq, &a->q, h, p.vectors & FA_VEC_Q), i0, q_len, 0,
-                                       C::DP);
-    fa_load_tile<T, C::RM, C::THREADS>(sh.row(1), LD, fa_rows_q(a, seq, &a->dout, h, p.vectors & FA_VEC_DOUT), i0,
-                                       q_len, 0, C::DP);
-    fa_bwd_rows<C::MT> r;
+    fa_bwd_rows<MT> r;
 #pragma unroll
-    for (int x = 0; x < 2 * C::MT; x++) {
-        const int64_t i = i0 + threadIdx.x / 32 * 16 * C::MT + threadIdx.x % 32 / 4 + 8 * x;
+    for (int x = 0; x < 2 * MT; x++) {
+        const int64_t i = first + 8 * x;
         r.lse2[x] = i < q_len ? p.lse2[row0 + i] : INFINITY;
         r.delta[x] = i < q_len ? p.delta[row0 + i] : 0;
     }
     return r;
+}
+
+/* Q and dO of the block */
+template <class C, bool SLOW>
+__device__ __forceinline__ void fa_bwd_load_own_queries(const fa_bwd_tiles<C> &sh, const fa_sm80_params &p,
+                                                        const fa_seq *seq, int64_t h, int64_t i0)
+{
+    const fa_args *a = &p.a;
+    fa_bwd_load_own<C, SLOW>(sh, 0, fa_rows_q(a, seq, &a->q, h, p.vectors & FA_VEC_Q), i0, seq->span.q_len);
+    fa_bwd_load_own<C, SLOW>(sh, 1, fa_rows_q(a, seq, &a->dout, h, p.vectors & FA_VEC_DOUT), i0, seq->span.q_len);
 }
 
 /* Where K and V of a head lie. */
@@ -500,240 +633,132 @@ template <class C> struct fa_bwd_key_source {
 };
 
 /* Keys j0 .. into a stage */
-template <class C, bool SLOW>
+template <class C>
 __device__ __forceinline__ void fa_bwd_load_keys(const fa_bwd_tiles<C> &sh, int stage, const fa_sm80_params &p,
-                                                 const fa_seq *seq, const fa_bwd_key_source<C> &from, int j0)
+                                                 const fa_seq *seq, const fa_bwd_key_source<C> &from, int j0,
+                                                 bool slowly)
 {
     const fa_args *a = &p.a;
     const int k_len = (int)seq->span.k_len;
-    fa_bwd_load<C, SLOW>(sh, stage, 0, from.k, fa_rows_k(a, seq, &a->k, &a->k_scale, from.hk, false), j0, k_len);
-    fa_bwd_load<C, SLOW>(sh, stage, 1, from.v, fa_rows_k(a, seq, &a->v, &a->v_scale, from.hk, false), j0, k_len);
+    fa_bwd_load(sh, stage, 0, from.k,
+                   fa_rows_k(a, seq, &a->k, &a->k_scale, from.hk, p.vectors & FA_VEC_K), j0, k_len, slowly);
+    fa_bwd_load(sh, stage, 1, from.v,
+                   fa_rows_k(a, seq, &a->v, &a->v_scale, from.hk, p.vectors & FA_VEC_V), j0, k_len, slowly);
     ptx_cp_async_commit();
 }
 
-template <class C, bool SLOW>
+template <class C>
 __device__ __forceinline__ void fa_bwd_sum_queries(typename C::sums &dq, const fa_sm80_params &p,
                                                    const fa_bwd_queries_work &w, const fa_bwd_tiles<C> &sh)
 {
-    using T = typename C::T;
     const fa_args *a = &p.a;
     const fa_seq seq = w.seq;
-    constexpr int NEXT = C::STAGES - 1, LD = C::LDB / (int)sizeof(T);
+    constexpr int NEXT = C::STAGES - 1;
     if (w.lo >= w.hi)
         return;
-    const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, &seq, w.h, w.first);
-    const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, &seq, w.h, w.first);
+    fa_bwd_load_own_queries<C, false>(sh, p, &seq, w.h, w.first);
+    const fa_bwd_head head = fa_bwd_head_of<C>(p, &seq, w.h, w.first);
+    const fa_bwd_rows<C::MT> rows = fa_bwd_rows_at<C::MT>(p, &seq, w.h, head.f.row);
     const fa_bwd_key_source<C> from(a, &seq, w.hk);
     int stage = 0;
     if (NEXT)
-        fa_bwd_load_keys<C, SLOW>(sh, 0, p, &seq, from, w.lo);
+        fa_bwd_load_keys(sh, 0, p, &seq, from, w.lo, false);
 #pragma unroll 1
     for (int j0 = w.lo; j0 < w.hi; j0 += C::CN) {
         if (C::MOD && head.f.p.mask)
             fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask(), head.f, p.mask_width, j0);
         ptx_cp_async_commit();
         if (!NEXT)
-            fa_bwd_load_keys<C, SLOW>(sh, 0, p, &seq, from, j0);
+            fa_bwd_load_keys(sh, 0, p, &seq, from, j0, false);
         else if (j0 + C::CN < w.hi)
-            fa_bwd_load_keys<C, SLOW>(sh, stage ^ 1, p, &seq, from, j0 + C::CN);
+            fa_bwd_load_keys(sh, stage ^ 1, p, &seq, from, j0 + C::CN, false);
         else
             ptx_cp_async_commit();
         ptx_cp_async_wait<NEXT>();
         __syncthreads();
         typename C::product s, ds;
-        fa_bwd_weights<C, true, SLOW>(s, ds, sh, stage, head, rows, j0, j0 < w.full_lo || j0 + C::CN > w.full_hi);
-        if (SLOW && fa_find_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), LD, C::DP, sh.wild())) {
-            fa_clear_wild<T, C::CN, C::THREADS>(sh.column(stage, 0), LD, C::DP, sh.wild());
-            __syncthreads(); /* queries that see such a key have dS of NaN */
-        }
-        fa_bwd_add<C>(dq, ds, sh, stage, 0, w.c0, a->q.size[3]);
+        fa_bwd_weights<C, true, false>(s, ds, sh, stage, head, rows, j0,
+                                       j0 < w.full_lo || j0 + C::CN > w.full_hi);
+        fa_bwd_add<C>(dq, ds, sh, stage, 0, w.c0, fa_bwd_is_narrow<C>(a->q.size[3], w.c0));
         __syncthreads();
         stage ^= NEXT;
     }
 }
 
-template <class C, bool SLOW>
-__device__ __forceinline__ bool fa_bwd_queries(const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
+/* The slow way, as for keys. Keys that hold NaN become 0 once all scores are known: queries that see one have dS of
+ * NaN. */
+template <class C>
+__device__ __noinline__ static void fa_bwd_sum_queries_slowly(typename fa_bwd_slice<C>::sums (&dq)[C::MT],
+                                                              const fa_sm80_params &p, char *smem)
 {
-    const fa_args *a = &p.a;
-    typename C::sums dq;
-    fa_zero(dq);
-    {
-        const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
-        if (!w.exists)
-            return true;
-        fa_bwd_sum_queries<C, SLOW>(dq, p, w, sh);
-    }
-    if (!SLOW && __syncthreads_or(fa_spoilt(dq)))
-        return false;
+    using S = fa_bwd_slice<C>;
+    using T = typename C::T;
     const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
-    fa_bwd_store<C>(sh, &a->dq, dq, (float)a->scale, w.first, w.seq.q_rows, w.c0, p.vectors & FA_VEC_DQ,
-                    [&](int64_t i) { return fa_q_at(&w.seq, &a->dq, w.h, i); });
-    return true;
+    const fa_bwd_tiles<S> sh{smem};
+    constexpr int LD = C::LDB / (int)sizeof(T);
+    const fa_bwd_head head = fa_bwd_head_of<C>(p, &w.seq, w.h, w.first);
+    const fa_bwd_key_source<S> from(&p.a, &w.seq, w.hk);
+    typename S::product ds[C::MT];
+#pragma unroll 1
+    for (int m = 0; m < C::MT; m++)
+        fa_zero(dq[m]);
+    if (w.lo >= w.hi)
+        return;
+    fa_bwd_load_own_queries<S, true>(sh, p, &w.seq, w.h, w.first);
+#pragma unroll 1
+    for (int j0 = w.lo; j0 < w.hi; j0 += C::CN) {
+        fa_bwd_load_keys(sh, 0, p, &w.seq, from, j0, true);
+        ptx_cp_async_wait<0>();
+        __syncthreads();
+#pragma unroll 1
+        for (int m = 0; m < C::MT; m++) {
+            typename S::product s;
+            fa_bwd_weights_slowly<C>(s, ds[m], sh, m, head, fa_bwd_rows_at<1>(p, &w.seq, w.h, head.f.row + 16 * m), j0,
+                                     j0 < w.full_lo || j0 + C::CN > w.full_hi);
+        }
+        if (fa_find_wild<T, C::CN, C::THREADS>(sh.column(0, 0), LD, C::DP, sh.wild())) {
+            fa_clear_wild<T, C::CN, C::THREADS>(sh.column(0, 0), LD, C::DP, sh.wild());
+            __syncthreads();
+        }
+#pragma unroll 1
+        for (int m = 0; m < C::MT; m++)
+            fa_bwd_add_slowly<C>(dq[m], ds[m], sh, 0, w.c0);
+        __syncthreads();
+    }
 }
 
-template <class C> __device__ __noinline__ static void fa_bwd_queries_slowly(const fa_sm80_params &p, char *smem)
+template <class C>
+__device__ __forceinline__ void fa_bwd_queries_slowly(typename C::sums &dq, const fa_sm80_params &p, char *smem)
 {
-    fa_bwd_queries<C, true>(p, fa_bwd_tiles<C>{smem});
+    typename fa_bwd_slice<C>::sums slices[C::MT];
+    fa_bwd_sum_queries_slowly<C>(slices, p, smem);
+#pragma unroll
+    for (int m = 0; m < C::MT; m++)
+        fa_copy(dq[m], slices[m][0]);
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS) fa_bwd_sm80_queries(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
-    const int vectors = FA_VEC_K | FA_VEC_V;
-    if ((p.vectors & vectors) != vectors || !fa_bwd_queries<C, false>(p, fa_bwd_tiles<C>{smem}))
-        fa_bwd_queries_slowly<C>(p, smem);
-}
-
-/* ---- the gradient of a mask -------------------------------------------------------------------------------------- */
-
-/* Sums the results of all lanes that share a column of the mask's gradient, or a row of it, or all; what is summed lies
- * in sSum [RM][CN] and is added in the order of its index. */
-template <class C>
-__device__ static void fa_dmask_store(const fa_args *a, const typename C::product &sum, float *sSum, int64_t mb,
-                                      int64_t mh, int64_t i0, int64_t j0, bool all_i, bool all_j)
-{
-    const fa_tensor *m = &a->dmask;
-    const int lane = threadIdx.x % 32;
-    __syncthreads();
-#pragma unroll
-    for (int x = 0; x < 2 * C::MT; x++)
-#pragma unroll
-        for (int y = 0; y < 2 * C::NT; y++)
-            sSum[(threadIdx.x / 32 * 16 * C::MT + lane / 4 + 8 * x) * C::CN + lane % 4 * (C::CN / 4) + y] =
-                sum[x / 2][y / 2][x % 2 * 2 + y % 2];
-    __syncthreads();
-    const int rows = all_i ? C::RM : 1, cols = all_j ? C::CN : 1;
-    for (int x = threadIdx.x; x < C::RM / rows * (C::CN / cols); x += C::THREADS) {
-        const int r = x / (C::CN / cols), c = x % (C::CN / cols);
-        float total = 0;
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < cols; j++)
-                total += sSum[(r * rows + i) * C::CN + c * cols + j];
-        const int64_t mi = all_i ? 0 : i0 + r, mj = all_j ? j0 : j0 + c;
-        if (mi >= m->size[2] || mj >= m->size[3])
-            continue;
-        const int64_t at = mb * m->stride[0] + mh * m->stride[1] + mi * m->stride[2] + mj * m->stride[3];
-        if (m->dtype == FA_F32)
-            ((float *)m->data)[at] = total;
-        else
-            ((typename C::T *)m->data)[at] = fa_from<typename C::T>(total);
-    }
-}
-
-/* An element of the mask stands for itself along a dimension, or where the mask is broadcast for all. */
-__device__ __forceinline__ fa_range fa_extent(int64_t mask_size, int64_t full, int64_t first, int64_t count)
-{
-    return mask_size == full ? fa_range{first, fa_min64(first + count, full)} : fa_range{0, full};
-}
-
-/* What a block of the mask's gradient sums: block = ((mb * H + mh) * row tiles + row tile) * groups of column tiles +
- * group, in the mask's own sizes; not packed. */
-struct fa_dmask_work {
-    int64_t mb, mh, mi, mj;
-    fa_range bs, hs, is, js; /* batches, heads, queries, keys */
-};
-
-template <class C> __device__ static fa_dmask_work fa_dmask_work_of(const fa_args *a)
-{
-    fa_dmask_work w;
-    const int64_t *size = a->mask.size;
-    constexpr int COLUMNS = FA_DMASK_TILES * C::CN;
-    const int64_t col_tiles = fa_ceil_div(size[3], COLUMNS), row_tiles = fa_ceil_div(size[2], C::RM);
-    int64_t id = blockIdx.x;
-    w.mj = id % col_tiles * COLUMNS, w.mi = id / col_tiles % row_tiles * C::RM;
-    id /= col_tiles * row_tiles;
-    w.mh = id % size[1], w.mb = id / size[1];
-    w.bs = fa_extent(size[0], a->q.size[0], w.mb, 1);
-    w.hs = fa_extent(size[1], a->q.size[1], w.mh, 1);
-    w.is = fa_extent(size[2], a->q.size[2], w.mi, C::RM);
-    w.js = fa_extent(size[3], a->k.size[2], w.mj, COLUMNS);
-    return w;
-}
-
-/* Adds dS of the keys js of one head and tile of queries; sum: of FA_DMASK_TILES tiles of keys, or where the mask is
- * broadcast along them, the first of all. */
-template <class C, bool SLOW>
-__device__ __forceinline__ void fa_dmask_add(typename C::product (&sum)[FA_DMASK_TILES], const fa_sm80_params &p,
-                                             const fa_seq *seq, int64_t h, int64_t i0, fa_range js,
-                                             const fa_bwd_tiles<C> &sh)
-{
+    const fa_bwd_tiles<C> sh{smem};
     const fa_args *a = &p.a;
-    constexpr int NEXT = C::STAGES - 1;
-    const fa_range keys = fa_keys_of_queries(&seq->span, i0, fa_min64(i0 + C::RM, seq->span.q_len) - 1);
-    const int lo = (int)(fa_max64(js.lo, keys.lo) / C::CN * C::CN), hi = (int)fa_min64(js.hi, keys.hi);
-    const bool broadcast = a->mask.size[3] != a->k.size[2];
-    if (lo >= hi)
-        return;
-    const fa_bwd_key_source<C> from(a, seq, h / (a->q.size[1] / a->k.size[1]));
-    const fa_bwd_rows<C::MT> rows = fa_bwd_load_rows<C>(sh, p, seq, h, i0);
-    const fa_bwd_head<C> head = fa_bwd_head_of<C>(p, seq, h, (int)i0);
-    int stage = 0;
-    if (NEXT)
-        fa_bwd_load_keys<C, SLOW>(sh, 0, p, seq, from, lo);
-#pragma unroll 1
-    for (int j0 = lo; j0 < hi; j0 += C::CN) {
-        fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask(), head.f, p.mask_width, j0);
-        ptx_cp_async_commit();
-        if (!NEXT)
-            fa_bwd_load_keys<C, SLOW>(sh, 0, p, seq, from, j0);
-        else if (j0 + C::CN < hi)
-            fa_bwd_load_keys<C, SLOW>(sh, stage ^ 1, p, seq, from, j0 + C::CN);
-        else
-            ptx_cp_async_commit();
-        ptx_cp_async_wait<NEXT>();
-        __syncthreads();
-        const bool edges = !fa_all_visible(&seq->span, i0, i0 + C::RM - 1, j0, j0 + C::CN - 1);
-        typename C::product s, ds;
-        fa_bwd_weights<C, false, true>(s, ds, sh, stage, head, rows, j0, edges);
-        const int tile = broadcast ? 0 : (j0 - (int)js.lo) / C::CN;
-#pragma unroll
-        for (int y = 0; y < FA_DMASK_TILES; y++)
-            if (y == tile)
-                fa_add(sum[y], ds);
-        __syncthreads();
-        stage ^= NEXT;
-    }
-    ptx_cp_async_wait<0>();
-    __syncthreads();
-}
-
-template <class C, bool SLOW>
-__device__ __forceinline__ void fa_dmask_sum(const fa_sm80_params &p, const fa_bwd_tiles<C> &sh)
-{
-    const fa_args *a = &p.a;
-    const fa_dmask_work w = fa_dmask_work_of<C>(a);
-    typename C::product sum[FA_DMASK_TILES];
-#pragma unroll
-    for (int y = 0; y < FA_DMASK_TILES; y++)
-        fa_zero(sum[y]);
-    for (int64_t b = w.bs.lo; b < w.bs.hi; b++) {
-        const fa_seq seq = fa_seq_at(a, b);
-        for (int64_t h = w.hs.lo; h < w.hs.hi; h++)
-            for (int64_t i0 = w.is.lo; i0 < fa_min64(w.is.hi, seq.span.q_len); i0 += C::RM)
-                fa_dmask_add<C, SLOW>(sum, p, &seq, h, i0, w.js, sh);
-    }
-#pragma unroll
-    for (int y = 0; y < FA_DMASK_TILES; y++)
-        fa_dmask_store<C>(a, sum[y], (float *)sh.smem, w.mb, w.mh, w.mi, w.mj + y * C::CN,
-                          a->mask.size[2] != a->q.size[2], a->mask.size[3] != a->k.size[2]);
-}
-
-template <class C> __device__ __noinline__ static void fa_dmask_slowly(const fa_sm80_params &p, char *smem)
-{
-    fa_dmask_sum<C, true>(p, fa_bwd_tiles<C>{smem});
-}
-
-template <class C>
-__global__ void __launch_bounds__(C::THREADS) fa_dmask_sm80(const __grid_constant__ fa_sm80_params p)
-{
-    extern __shared__ __align__(16) char smem[];
     const int vectors = FA_VEC_K | FA_VEC_V;
-    if ((p.vectors & vectors) == vectors)
-        fa_dmask_sum<C, false>(p, fa_bwd_tiles<C>{smem});
-    else
-        fa_dmask_slowly<C>(p, smem);
+    bool good = (p.vectors & vectors) == vectors;
+    typename C::sums dq;
+    fa_zero(dq);
+    if (good) {
+        const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
+        if (!w.exists)
+            return;
+        fa_bwd_sum_queries<C>(dq, p, w, sh);
+        good = !__syncthreads_or(fa_spoilt(dq));
+    }
+    if (!good)
+        fa_bwd_queries_slowly<C>(dq, p, smem);
+    const fa_bwd_queries_work w = fa_bwd_queries_work_of<C>(p);
+    fa_bwd_store<C>(sh, &a->dq, dq, (float)a->scale, w.first, w.seq.q_rows, w.c0, p.vectors & FA_VEC_DQ,
+                    [&](int64_t i) { return fa_q_at(&w.seq, &a->dq, w.h, i); });
 }
 
 #endif

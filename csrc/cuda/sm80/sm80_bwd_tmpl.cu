@@ -1,7 +1,7 @@
 /* A pass of backward for one dtype and head dimension: FA_PASS is dkv, dq or dmask, FA_TYPE and FA_T name the dtype, as
  * products take it, FA_DP is the dimension; FA_VARIANT is _plain, or nothing for the kernels with all options, and
  * FA_MOD says so. */
-#include "sm80_bwd.cuh"
+#include "sm80_dmask.cuh"
 
 #define FA_CAT_(pass, type, dp, variant) fa_##pass##_sm80_##type##_hd##dp##variant
 #define FA_CAT(pass, type, dp, variant) FA_CAT_(pass, type, dp, variant)

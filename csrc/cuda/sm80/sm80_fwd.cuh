@@ -86,16 +86,6 @@ template <class C> __device__ __noinline__ static fa_fwd_work fa_fwd_work_of(con
     return w;
 }
 
-template <int MT, int NA> __device__ __forceinline__ void fa_fwd_start(fa_fwd_rows<MT, NA> &r)
-{
-    fa_zero(r.acc);
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-        r.max[m][0] = r.max[m][1] = -INFINITY;
-        r.sum[m][0] = r.sum[m][1] = 0;
-    }
-}
-
 template <class C>
 __device__ __forceinline__ void fa_fwd_load_queries(const fa_fwd_tiles<C> &sh, const fa_sm80_params &p,
                                                     const fa_fwd_work &w)
@@ -106,79 +96,37 @@ __device__ __forceinline__ void fa_fwd_load_queries(const fa_fwd_tiles<C> &sh, c
     fa_load_tile<T, C::BM, C::THREADS>(sh.q, C::LDB / (int)sizeof(T), rows, w.first, seq.span.q_len, 0, C::DP);
 }
 
-/* Rows of V that hold NaN or infinity go one by one to the queries that give them a weight, and then become 0. */
+/* What is done to the scores of a lane's rows. */
 template <class C>
-__device__ static void fa_fwd_wild(float (&w)[C::MT][C::NT][4], fa_fwd_rows<C::MT, C::NA> &r, typename C::T *sV)
+__device__ __forceinline__ fa_sm80_scores fa_fwd_scores_of(const fa_args *a, const fa_fwd_work &w)
 {
-    using T = typename C::T;
-    constexpr int LD = C::LDVB / (int)sizeof(T);
-    uint32_t *sWild = (uint32_t *)(sV + C::DA); /* the end of the first row is nobody's */
-    if (!fa_find_wild<T, C::BN, C::THREADS>(sV, LD, C::DA, sWild))
-        return;
-    for (int j = 0; j < C::BN; j++) {
-        if (!(sWild[j / 32] >> (j % 32) & 1))
-            continue;
-#pragma unroll
-        for (int x = 0; x < 2 * C::MT; x++) {
-            float weight = 0;
-#pragma unroll
-            for (int n = 0; n < C::NT; n++)
-                if (n == j / 8)
-                    weight = w[x / 2][n][x % 2 * 2 + j % 2];
-            weight = __shfl_sync(0xffffffffu, weight, threadIdx.x % 32 / 4 * 4 + j % 8 / 2);
-            if (weight == 0)
-                continue;
-#pragma unroll
-            for (int n = 0; n < C::NA; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    r.acc[x / 2][n][x % 2 * 2 + e] += weight * fa_to_f32(sV[j * LD + fa_column<T>(n, e)]);
-        }
-    }
-    __syncthreads();
-    fa_clear_wild<T, C::BN, C::THREADS>(sV, LD, C::DA, sWild);
-    __syncthreads();
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * C::MT + lane / 4;
+    return fa_sm80_scores_of<C::MOD>(a, &w.seq, w.h, w.first + row, lane % 4 * (C::BN / 4));
 }
 
-/* A tile of k or v, one element at a time where they are no vectors. */
-template <class C, int WIDTH, bool SLOW, class Tiles>
-__device__ __forceinline__ void fa_fwd_load(typename C::T *sTile, const Tiles &tiles, const fa_tensor *scale, int c0,
-                                            bool vectors, const fa_fwd_work &w, const fa_sm80_params &p, int k0)
-{
-    if (!SLOW || vectors)
-        tiles.template load<true>(ptx_shared(sTile), k0, (int)w.seq.span.k_len);
-    else
-        fa_load_elements(sTile, Tiles::LDB / (int)sizeof(*sTile), C::BN, C::THREADS,
-                         fa_rows_k(&p.a, &w.seq, tiles.t, scale, w.hk, false), k0, w.seq.span.k_len, c0, WIDTH, true);
-}
-
-/* All keys of the block: the time table above. SLOW: any strides and dtypes of k and v, and hidden keys may hold
- * NaN. */
-template <class C, bool SLOW>
+/* All keys of the block: the time table above. */
+template <class C>
 __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const fa_sm80_params &p, const fa_fwd_work &w,
                                             const fa_fwd_tiles<C> &sh)
 {
     using T = typename C::T;
     const fa_args *a = &p.a;
-    const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16 * C::MT;
-    const uint32_t q = fa_lane_left<C::LDB>(ptx_shared(sh.q), row0), k = fa_lane_nk<C::LDB>(ptx_shared(sh.k));
-    const uint32_t v = fa_lane_kn<T, C::LDVB>(ptx_shared(sh.v));
+    const uint32_t q = fa_lane_left<C::LDB>(ptx_shared(sh.q), threadIdx.x / 32 * 16 * C::MT);
+    const uint32_t k = fa_lane_nk<C::LDB>(ptx_shared(sh.k)), v = fa_lane_kn<T, C::LDVB>(ptx_shared(sh.v));
     const bool narrow = a->q.size[3] <= fa_fewer<T>(C::DP), narrow_v = a->v.size[3] - w.c0 <= fa_fewer<T>(C::DA);
-    const fa_sm80_scores f =
-        fa_sm80_scores_of<C::MOD>(a, &w.seq, w.h, w.first + row0 + lane / 4, lane % 4 * (C::BN / 4));
-    const fa_row_tiles<T, C::BN, C::THREADS, C::DP> keys(a, &a->k, fa_first_key_at(a, &w.seq, &a->k, w.hk),
-                                                             w.seq.n, 0);
-    const fa_row_tiles<T, C::BN, C::THREADS, C::DA> values(a, &a->v, fa_first_key_at(a, &w.seq, &a->v, w.hk),
-                                                               w.seq.n, w.c0);
-    const bool k_vec = p.vectors & FA_VEC_K, v_vec = p.vectors & FA_VEC_V;
+    const int k_len = (int)w.seq.span.k_len;
+    const fa_sm80_scores f = fa_fwd_scores_of<C>(a, w);
+    const fa_row_tiles<T, C::BN, C::THREADS, C::DP> keys(a, &a->k, fa_first_key_at(a, &w.seq, &a->k, w.hk), w.seq.n, 0);
+    const fa_row_tiles<T, C::BN, C::THREADS, C::DA> values(a, &a->v, fa_first_key_at(a, &w.seq, &a->v, w.hk), w.seq.n,
+                                                           w.c0);
 
-    fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, w.k_lo);
+    keys.template load<true>(ptx_shared(sh.k), w.k_lo, k_len);
     ptx_cp_async_commit();
     ptx_cp_async_wait<0>();
     __syncthreads();
 #pragma unroll 1
     for (int k0 = w.k_lo; k0 < w.k_hi; k0 += C::BN) {
-        fa_fwd_load<C, C::DA, SLOW>(sh.v, values, &a->v_scale, w.c0, v_vec, w, p, k0);
+        values.template load<true>(ptx_shared(sh.v), k0, k_len);
         if (C::MOD && f.p.mask)
             fa_fetch_mask<C::MT, C::NT, C::THREADS>(sh.mask, f, p.mask_width, k0);
         ptx_cp_async_commit();
@@ -187,21 +135,17 @@ __device__ __forceinline__ void fa_fwd_keys(fa_fwd_rows<C::MT, C::NA> &r, const 
         ptx_cp_async_wait<0>();
         __syncthreads();
         if (k0 + C::BN < w.k_hi)
-            fa_fwd_load<C, C::DP, SLOW>(sh.k, keys, &a->k_scale, 0, k_vec, w, p, k0 + C::BN);
+            keys.template load<true>(ptx_shared(sh.k), k0 + C::BN, k_len);
         ptx_cp_async_commit();
         fa_sm80_score<T, C::MOD, false, C::THREADS>(s, s, f, sh.mask, k0, k0 < w.full_lo || k0 + C::BN > w.full_hi);
         fa_fwd_softmax(s, r, f.c);
         if (C::MOD && f.p.dropout)
             fa_drop_weights(s, f, k0);
-        if (SLOW)
-            fa_fwd_wild<C>(s, r, sh.v);
         fa_product_kn<typename C::P, C::LDVB>(r.acc, s, v, narrow_v);
         ptx_cp_async_wait<0>();
         __syncthreads();
     }
-#pragma unroll
-    for (int x = 0; x < 2 * C::MT; x++)
-        r.max[x / 2][x % 2] = fa_fwd_base(r.max[x / 2][x % 2], f.c);
+    fa_fwd_end(r, f.c);
 }
 
 /* A row of this block's part of the results, where the keys are split. */
@@ -262,44 +206,193 @@ __device__ __forceinline__ void fa_fwd_store(fa_fwd_rows<C::MT, C::NA> &r, const
                                              [&](int64_t i) { return fa_q_at(&w.seq, &a->out, w.h, i); });
 }
 
-/* All of a block's work, but false and nothing stored where a sum has become NaN or infinite. */
-template <class C, bool SLOW>
-__device__ __forceinline__ bool fa_fwd_block(const fa_sm80_params &p, const fa_fwd_tiles<C> &sh)
+/* ---- the slow way ------------------------------------------------------------------------------------------------ */
+
+/* 16 rows of a warp: their sums, and their scores or weights */
+template <class C> using fa_fwd_slice = fa_fwd_rows<1, C::NA>;
+template <class C> using fa_fwd_scores = float[1][C::NT][4];
+
+/* Rows first .. of q, k or v, from column c0 on, to a tile of shared memory. */
+template <class C, int ROWS, int WIDTH>
+__device__ __forceinline__ void fa_fwd_load_slowly(typename C::T *sTile, fa_load_rows rows, int first, int64_t limit,
+                                                   int c0)
 {
-    fa_fwd_rows<C::MT, C::NA> r;
-    fa_fwd_start(r);
-    {
-        const fa_fwd_work w = fa_fwd_work_of<C>(p);
-        if (!w.exists)
-            return true;
-        if (w.k_lo < w.k_hi) {
-            fa_fwd_load_queries<C>(sh, p, w);
-            fa_fwd_keys<C, SLOW>(r, p, w, sh);
-        }
-    }
-    if (!SLOW && __syncthreads_or(fa_spoilt(r.acc)))
-        return false;
-    if (SLOW)
-        __syncthreads();
-    fa_fwd_store<C>(r, p, fa_fwd_work_of<C>(p), (char *)sh.q);
-    return true;
+    using T = typename C::T;
+    fa_load_any(sTile, fa_row_bytes<T>(WIDTH) / (int)sizeof(T), ROWS, C::THREADS, rows, first, limit, c0, WIDTH,
+                rows.keys);
 }
 
-template <class C> __device__ __noinline__ static void fa_fwd_slowly(const fa_sm80_params &p, char *smem)
+/* Products to scores, and what dropout does to weights: four columns of a lane at a time. */
+template <class C>
+__device__ __forceinline__ void fa_fwd_score_slowly(fa_fwd_scores<C> &s, fa_sm80_scores f, char *sMask, int k0,
+                                                    bool edges)
 {
+#pragma unroll 1
+    for (int n = 0; n < C::NT / 2; n++, f.column += 4) {
+        if (C::MOD && f.p.mask)
+            fa_fetch_mask<1, 2, C::THREADS>(sMask, f, 0, k0);
+        float(&four)[1][2][4] = fa_four_columns(s, n);
+        fa_sm80_score<typename C::T, C::MOD, false, C::THREADS>(four, four, f, sMask, k0, edges);
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void fa_fwd_drop_slowly(fa_fwd_scores<C> &w, fa_sm80_scores f, int k0)
+{
+#pragma unroll 1
+    for (int n = 0; n < C::NT / 2; n++, f.column += 4)
+        fa_drop_weights(fa_four_columns(w, n), f, k0);
+}
+
+/* The weights of a slice, of which f knows the first row and q is the left operand. */
+template <class C>
+__device__ __forceinline__ void fa_fwd_weights_slowly(fa_fwd_scores<C> &w, fa_fwd_slice<C> &r, const fa_sm80_scores &f,
+                                                      uint32_t q, uint32_t k, char *sMask, int k0, bool edges)
+{
+    float s[1][C::NT][4] = {};
+    fa_nk<typename C::P, C::DP, 1, C::NT>::run(s, q, k, false);
+    fa_copy(w, s);
+    fa_fwd_score_slowly<C>(w, f, sMask, k0, edges);
+    fa_copy(s, w);
+    fa_fwd_softmax(s, r, f.c);
+    fa_copy(w, s);
+    if (C::MOD && f.p.dropout)
+        fa_fwd_drop_slowly<C>(w, f, k0);
+}
+
+/* O += P V of a slice */
+template <class C>
+__device__ __forceinline__ void fa_fwd_add_slowly(fa_fwd_slice<C> &r, fa_fwd_scores<C> &w, uint32_t v)
+{
+    float acc[1][C::NA][4];
+    fa_copy(acc, r.acc);
+#pragma unroll 1
+    for (int n = 0; n < C::NT / 2; n++)
+        fa_product_kn<typename C::P, C::LDVB>(acc, fa_four_columns(w, n), v + n * 16 * C::LDVB, false);
+    fa_copy(r.acc, acc);
+}
+
+/* Rows of V that hold NaN or infinity go one by one to the queries that give them a weight. */
+template <class C>
+__device__ static void fa_fwd_add_wild(fa_fwd_slice<C> &r, const fa_fwd_scores<C> &weights, const typename C::T *sV,
+                                       const uint32_t *sWild)
+{
+    using T = typename C::T;
+#pragma unroll 1
+    for (int j = 0; j < C::BN; j++) {
+        if (!(sWild[j / 32] >> (j % 32) & 1))
+            continue;
+#pragma unroll 1
+        for (int x = 0; x < 2; x++) {
+            float weight = weights[0][j / 8][x * 2 + j % 2];
+            weight = __shfl_sync(0xffffffffu, weight, threadIdx.x % 32 / 4 * 4 + j % 8 / 2);
+            if (weight == 0)
+                continue;
+#pragma unroll 1
+            for (int n = 0; n < 2 * C::NA; n++)
+                r.acc[0][n / 2][x * 2 + n % 2] +=
+                    weight * fa_to_f32(sV[j * (C::LDVB / (int)sizeof(T)) + fa_column<T>(n / 2, n % 2)]);
+        }
+    }
+}
+
+/* All keys of the block with any strides and dtypes, and where hidden keys may hold NaN. Not inlined, so that it takes
+ * no registers from the fast way, and short, so that it compiles fast: a tile is worked on when all of it is there, a
+ * slice of the warp's rows at a time; sums and weights of all slices lie in the lane's local memory. */
+template <class C>
+__device__ __noinline__ static void fa_fwd_keys_slowly(fa_fwd_slice<C> (&r)[C::MT], const fa_sm80_params &p, char *smem)
+{
+    using T = typename C::T;
+    const fa_args *a = &p.a;
+    const fa_fwd_work w = fa_fwd_work_of<C>(p);
     const fa_fwd_tiles<C> sh(smem);
-    fa_fwd_block<C, true>(p, sh);
+    const uint32_t q = fa_lane_left<C::LDB>(ptx_shared(sh.q), threadIdx.x / 32 * 16 * C::MT);
+    const uint32_t k = fa_lane_nk<C::LDB>(ptx_shared(sh.k)), v = fa_lane_kn<T, C::LDVB>(ptx_shared(sh.v));
+    const fa_sm80_scores f = fa_fwd_scores_of<C>(a, w);
+    const fa_load_rows queries = fa_rows_q(a, &w.seq, &a->q, w.h, p.vectors & FA_VEC_Q);
+    const fa_load_rows keys = fa_rows_k(a, &w.seq, &a->k, &a->k_scale, w.hk, p.vectors & FA_VEC_K);
+    const fa_load_rows values = fa_rows_k(a, &w.seq, &a->v, &a->v_scale, w.hk, p.vectors & FA_VEC_V);
+    constexpr int LDV = C::LDVB / (int)sizeof(T);
+    uint32_t *sWild = (uint32_t *)(sh.v + C::DA); /* the end of the first row is nobody's */
+    fa_fwd_scores<C> scores[C::MT];
+
+#pragma unroll 1
+    for (int m = 0; m < C::MT; m++)
+        fa_fwd_start(r[m]);
+    if (w.k_lo >= w.k_hi)
+        return;
+    fa_fwd_load_slowly<C, C::BM, C::DP>(sh.q, queries, w.first, w.seq.span.q_len, 0);
+#pragma unroll 1
+    for (int k0 = w.k_lo; k0 < w.k_hi; k0 += C::BN) {
+        fa_fwd_load_slowly<C, C::BN, C::DP>(sh.k, keys, k0, w.seq.span.k_len, 0);
+        fa_fwd_load_slowly<C, C::BN, C::DA>(sh.v, values, k0, w.seq.span.k_len, w.c0);
+        ptx_cp_async_commit();
+        ptx_cp_async_wait<0>();
+        __syncthreads();
+        const bool wild = fa_find_wild<T, C::BN, C::THREADS>(sh.v, LDV, C::DA, sWild);
+        fa_sm80_scores fm = f;
+#pragma unroll 1
+        for (int m = 0; m < C::MT; m++, fm.row += 16) {
+            fa_fwd_weights_slowly<C>(scores[m], r[m], fm, q + m * 16 * C::LDB, k, sh.mask, k0,
+                                     k0 < w.full_lo || k0 + C::BN > w.full_hi);
+            if (wild)
+                fa_fwd_add_wild<C>(r[m], scores[m], sh.v, sWild);
+        }
+        if (wild) {
+            __syncthreads();
+            fa_clear_wild<T, C::BN, C::THREADS>(sh.v, LDV, C::DA, sWild);
+            __syncthreads();
+        }
+#pragma unroll 1
+        for (int m = 0; m < C::MT; m++)
+            fa_fwd_add_slowly<C>(r[m], scores[m], v);
+        __syncthreads();
+    }
+#pragma unroll 1
+    for (int m = 0; m < C::MT; m++)
+        fa_fwd_end(r[m], f.c);
+}
+
+template <class C>
+__device__ __forceinline__ void fa_fwd_slowly(fa_fwd_rows<C::MT, C::NA> &r, const fa_sm80_params &p, char *smem)
+{
+    fa_fwd_slice<C> slices[C::MT];
+    fa_fwd_keys_slowly<C>(slices, p, smem);
+#pragma unroll
+    for (int m = 0; m < C::MT; m++) {
+        fa_copy(r.acc[m], slices[m].acc[0]);
+#pragma unroll
+        for (int x = 0; x < 2; x++) {
+            r.max[m][x] = slices[m].max[0][x];
+            r.sum[m][x] = slices[m].sum[0][x];
+        }
+    }
 }
 
 /* Hidden keys have weight 0, and 0 times NaN or infinity is NaN. So where a sum has become NaN all is done again, with
- * care for such values. */
+ * care for such values. Both ways end in the same code. */
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) fa_fwd_sm80_kernel(const __grid_constant__ fa_sm80_params p)
 {
     extern __shared__ __align__(16) char smem[];
+    const fa_fwd_tiles<C> sh(smem);
     const int vectors = FA_VEC_K | FA_VEC_V;
-    if ((p.vectors & vectors) != vectors || !fa_fwd_block<C, false>(p, fa_fwd_tiles<C>(smem)))
-        fa_fwd_slowly<C>(p, smem);
+    bool good = (p.vectors & vectors) == vectors;
+    fa_fwd_rows<C::MT, C::NA> r;
+    fa_fwd_start(r);
+    if (good) {
+        const fa_fwd_work w = fa_fwd_work_of<C>(p);
+        if (!w.exists)
+            return;
+        if (w.k_lo < w.k_hi) {
+            fa_fwd_load_queries<C>(sh, p, w);
+            fa_fwd_keys<C>(r, p, w, sh);
+        }
+        good = !__syncthreads_or(fa_spoilt(r.acc));
+    }
+    if (!good)
+        fa_fwd_slowly<C>(r, p, smem);
+    fa_fwd_store<C>(r, p, fa_fwd_work_of<C>(p), smem);
 }
 
 #endif

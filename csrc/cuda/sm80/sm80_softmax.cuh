@@ -95,4 +95,21 @@ __device__ __forceinline__ float fa_fwd_base(float max, float c)
     return max == -INFINITY ? max : fmaxf(max * c, -FLT_MAX);
 }
 
+template <int MT, int NA> __device__ __forceinline__ void fa_fwd_start(fa_fwd_rows<MT, NA> &r)
+{
+    fa_zero(r.acc);
+#pragma unroll
+    for (int x = 0; x < 2 * MT; x++) {
+        r.max[x / 2][x % 2] = -INFINITY;
+        r.sum[x / 2][x % 2] = 0;
+    }
+}
+
+template <int MT, int NA> __device__ __forceinline__ void fa_fwd_end(fa_fwd_rows<MT, NA> &r, float c)
+{
+#pragma unroll
+    for (int x = 0; x < 2 * MT; x++)
+        r.max[x / 2][x % 2] = fa_fwd_base(r.max[x / 2][x % 2], c);
+}
+
 #endif

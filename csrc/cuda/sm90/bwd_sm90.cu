@@ -410,23 +410,15 @@ static fa_status fill_maps(fa_bwd_sm90_params *p, const fa_args *a, const fa_sm9
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-static cudaError_t launch(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, int64_t blocks, cudaStream_t stream)
-{
-    if (blocks == 0)
-        return cudaSuccess;
-    void *arguments[] = {(void *)p};
-    dim3 grid((unsigned)blocks), block((unsigned)f->threads);
-    return cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
-}
-
 static fa_status launch_gradients(const fa_bwd_sm90_params *p, const fa_sm90_instance *f, cudaStream_t stream,
                                   fa_error *err)
 {
     if (!p->dq.data && !p->dk.data && !p->dv.data)
         return FA_OK;
-    cudaError_t e = launch(p, f, (int64_t)p->B * p->HK * p->k_blocks, stream);
-    if (e == cudaSuccess && p->dq.data)
-        e = fa_bwd_post_launch(p, f->dtype, f->D, stream);
+    fa_status status = fa_sm90_start(f, (int64_t)p->B * p->HK * p->k_blocks, p, stream, err);
+    if (status != FA_OK || !p->dq.data)
+        return status;
+    cudaError_t e = fa_bwd_post_launch(p, f->dtype, f->D, stream);
     return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
 }
 
@@ -442,8 +434,7 @@ static fa_status launch_dmask(const fa_args *a, const fa_bwd_sm90_params *p, con
     if (status != FA_OK)
         return status;
     int64_t tiles = a->mask.size[0] * a->mask.size[1] * blocks_of(p->SQ, f->BM) * blocks_of(p->SK, f->BN);
-    cudaError_t e = launch(p, f, tiles < processors ? tiles : processors, stream);
-    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
+    return fa_sm90_start(f, tiles < processors ? tiles : processors, p, stream, err);
 }
 
 /* Of packed sequences the numbers of rows lie in blocks; the sinks' kernel wants them as the rows lie. */

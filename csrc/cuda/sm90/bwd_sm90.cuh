@@ -87,14 +87,13 @@ __device__ __forceinline__ void fa_produce(const fa_bwd_sm90_params &p, fa_bwd_s
 template <class C>
 __device__ __forceinline__ void fa_init_barriers(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s)
 {
-    constexpr int one = FA_WARPGROUP / FA_WARP, both = 2 * one; /* one arrival for each warp */
-    int stores_ds = C::STORES_DS && p.mod.dmask_here;
+    constexpr int one = FA_WARPGROUP / FA_WARP * FA_WARP_ARRIVALS, both = 2 * one; /* of warpgroups */
+    int stores_ds = C::STORES_DS && p.mod.dmask_here ? FA_WARP_ARRIVALS : 0;
     fa_mbar_init(&s.bar[FA_BAR_K_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_V_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_BIAS_FULL], 1);
     fa_mbar_init(&s.bar[FA_BAR_BIAS_EMPTY], C::SPLIT ? one : both);
     fa_mbar_init(&s.bar[FA_BAR_TURN], 1);
-    s.signalled = 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         fa_mbar_init(&s.bar[FA_BAR_Q_FULL + i], 1);
@@ -105,6 +104,7 @@ __device__ __forceinline__ void fa_init_barriers(const fa_bwd_sm90_params &p, fa
         fa_mbar_init(&s.bar[FA_BAR_P_FULL + i], one);
         fa_mbar_init(&s.bar[FA_BAR_P_EMPTY + i], one);
         fa_mbar_init(&s.bar[FA_BAR_ADDED + i], one);
+        fa_mbar_init(&s.bar[FA_BAR_SIGNALLED + i], 1);
     }
     fa_mbar_fence_init();
 }

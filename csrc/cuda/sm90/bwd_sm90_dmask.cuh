@@ -390,8 +390,8 @@ __global__ void __launch_bounds__(M::THREADS, 1) fa_dmask_sm90_kernel(const __gr
     if (threadIdx.x == 0) {
         fa_mbar_init(&s.bar[FA_BAR_QK_FULL], 1);
         fa_mbar_init(&s.bar[FA_BAR_OV_FULL], 1);
-        fa_mbar_init(&s.bar[FA_BAR_QK_EMPTY], 2 * FA_WARPGROUP / FA_WARP);
-        fa_mbar_init(&s.bar[FA_BAR_OV_EMPTY], 2 * FA_WARPGROUP / FA_WARP);
+        fa_mbar_init(&s.bar[FA_BAR_QK_EMPTY], 2 * FA_WARPGROUP / FA_WARP * FA_WARP_ARRIVALS);
+        fa_mbar_init(&s.bar[FA_BAR_OV_EMPTY], 2 * FA_WARPGROUP / FA_WARP * FA_WARP_ARRIVALS);
         fa_mbar_fence_init();
     }
     __syncthreads();

@@ -20,7 +20,7 @@ __device__ __forceinline__ void fa_await_turn(const uint32_t *flag, uint32_t tur
 }
 
 /* Asks for each step whether it is this key block's turn, ahead of the step where it can. At most two steps may be
- * added and not yet signalled: ADDED is two barriers. */
+ * added and not yet signalled: ADDED and SIGNALLED are two barriers each. */
 template <class C>
 __device__ __forceinline__ void fa_await_turns(const fa_bwd_sm90_params &p, fa_bwd_sm90_shared<C> &s,
                                                const fa_bwd_unit &u)
@@ -32,8 +32,8 @@ __device__ __forceinline__ void fa_await_turns(const fa_bwd_sm90_params &p, fa_b
             fa_await_turn(p.turn + block, turn);
         if (at.t > 0)
             fa_mbar_wait(&s.bar[FA_BAR_ADDED + fa_stage_of(at.t - 1)], fa_parity_of(at.t - 1));
-        while (*(volatile int *)&s.signalled < at.t - 1)
-            ;
+        if (at.t > 1)
+            fa_mbar_wait(&s.bar[FA_BAR_SIGNALLED + fa_stage_of(at.t)], fa_parity_of(at.t - 2));
         s.dq.sum = p.dq_sum + block * (C::BM * C::D);
         s.dq.first = turn == 0;
         fa_mbar_arrive(&s.bar[FA_BAR_TURN]);
@@ -50,7 +50,7 @@ __device__ __forceinline__ void fa_signal_turns(const fa_bwd_sm90_params &p, fa_
         uint32_t *flag = p.turn + fa_query_block(p, u, at), turn = fa_turn_of(p, u.band, u.walk, at.m);
         fa_mbar_wait(&s.bar[FA_BAR_ADDED + fa_stage_of(at.t)], fa_parity_of(at.t));
         fa_store_release(flag, turn + 1);
-        *(volatile int *)&s.signalled = at.t + 1;
+        fa_mbar_arrive(&s.bar[FA_BAR_SIGNALLED + fa_stage_of(at.t)]);
     }
 }
 

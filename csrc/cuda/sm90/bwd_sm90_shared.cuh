@@ -65,6 +65,7 @@ enum fa_bwd_bar {
     FA_BAR_BIAS_EMPTY,
     FA_BAR_TURN, /* it is this thread block's turn to add to dQ */
     FA_BAR_ADDED, FA_BAR_ADDED_1, /* it has added, in an even or an odd step */
+    FA_BAR_SIGNALLED, FA_BAR_SIGNALLED_1, /* and other thread blocks can see that */
     FA_BARS
 };
 
@@ -100,7 +101,6 @@ template <class C> struct fa_bwd_sm90_shared {
     int query[C::STAGES];    /* first query of the block in this stage */
     uint32_t wild[C::STAGES]; /* as params.wild has it */
     fa_dq_target dq;         /* where the next dQ goes */
-    int signalled;           /* steps whose dQ other thread blocks can see */
     uint64_t bar[FA_BARS];
     fa_bwd_mod_shared<C, C::MOD> mod;
 };
@@ -190,12 +190,10 @@ __device__ __forceinline__ uint32_t fa_parity_of(int t)
     return t >> 1 & 1;
 }
 
-/* One of every warp arrives for its warp. */
 __device__ __forceinline__ void fa_warp_arrive(uint64_t *bar)
 {
     __syncwarp();
-    if (threadIdx.x % FA_WARP == 0)
-        fa_mbar_arrive(bar);
+    fa_mbar_arrive_warp(bar);
 }
 
 #endif

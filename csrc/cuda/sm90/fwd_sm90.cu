@@ -95,6 +95,8 @@ static int what_of(const fa_args *a)
     int what = !m->data ? 0 : m->dtype == FA_BOOL ? FA_MOD_BITS : FA_MOD_BIAS;
     what |= what & FA_MOD_BIAS && m->dtype == FA_F32 ? FA_MOD_WIDE : 0;
     what |= what && m->dtype != FA_F32 && m->size[3] == a->k.size[2] && has_whole_pieces(m) ? FA_MOD_VECTORS : 0;
+    bool padding = m->size[2] == 1 || m->stride[2] == 0;
+    what |= what & FA_MOD_BITS && padding ? FA_MOD_PADDING : 0;
     what |= a->softcap > 0 ? FA_MOD_CAP : 0;
     what |= a->alibi.data ? FA_MOD_ALIBI : 0;
     what |= a->dropout_p > 0 ? FA_MOD_DROPOUT : 0;
@@ -153,19 +155,22 @@ static void fill_mask(fa_fwd_sm90_mod_params *p, const fa_tensor *m)
     p->heads_outside = m->data && m->size[0] == 1 && m->size[1] > 1;
 }
 
-/* tanh x = x P(x^2) to 6e-7 for |x| <= 1/2. */
+/* tanh x = x P(x^2) to 1.2e-6 for |x| <= 0.4, which is 1e-4 of a score, and of its weight, with a cap of 80; with larger
+ * ones, to 5e-8 for |x| <= 1/4, and to 1.4e-6 of small scores. */
 static void fill_softcap(fa_fwd_sm90_mod_params *p, const fa_args *a)
 {
-    const double terms[] = {0.9999994557894095, -0.3332631797198141, 0.13190296720255157, -0.04440222503710389};
+    static const double wide[] = {0.9999788324, -0.3322542888, 0.1194240851};
+    static const double narrow[] = {0.9999986331, -0.3331570228, 0.1276224129};
+    const double *terms = a->softcap > 80 ? narrow : wide, limit = a->softcap > 80 ? 0.25 : 0.4;
     const double log2e = 1.4426950408889634;
     p->scale = (float)(a->softcap > 0 ? a->scale / a->softcap : a->scale * log2e);
     if (a->softcap <= 0)
         return;
     double square = (a->scale / a->softcap) * (a->scale / a->softcap), power = a->scale * log2e;
     p->cap = (float)(a->softcap * log2e);
-    for (int i = 0; i < 4; i++, power *= square)
+    for (int i = 0; i < 3; i++, power *= square)
         p->cap_terms[i] = (float)(terms[i] * power);
-    p->cap_limit = isfinite(p->cap_terms[0]) && isfinite(p->cap_terms[3]) ? (float)(0.25 / square) : -1;
+    p->cap_limit = isfinite(p->cap_terms[0]) && isfinite(p->cap_terms[2]) ? (float)(limit * limit / square) : -1;
 }
 
 static void fill_mod(fa_fwd_sm90_mod_params *p, const fa_args *a, const fa_sm90_instance *f, int processors)
@@ -197,22 +202,13 @@ static fa_status fill_maps(fa_fwd_sm90_params *p, const fa_args *a, const fa_sm9
     return fa_sm90_encode(f->name, maps, 3, err);
 }
 
-static fa_status start(const fa_sm90_instance *f, void *params, int units, int processors, cudaStream_t stream,
-                       fa_error *err)
-{
-    void *arguments[] = {params};
-    dim3 grid((unsigned)(units < processors ? units : processors)), block((unsigned)f->threads);
-    cudaError_t e = cudaLaunchKernel(f->kernel, grid, block, arguments, (size_t)f->shared_bytes, stream);
-    return e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
-}
-
 static fa_status launch_plain(const fa_args *a, const fa_sm90_instance *f, int processors, cudaStream_t stream,
                               fa_error *err)
 {
     fa_fwd_sm90_params p = {};
     fill_sizes(&p, a, f, processors);
     fa_status status = a->q.dtype == FA_F32 ? FA_OK : fill_maps(&p, a, f, err);
-    return status ? status : start(f, &p, p.units, processors, stream, err);
+    return status ? status : fa_sm90_start(f, min(p.units, processors), &p, stream, err);
 }
 
 static fa_status launch_mod(const fa_args *a, const fa_sm90_instance *f, int processors, void *workspace,
@@ -226,7 +222,7 @@ static fa_status launch_mod(const fa_args *a, const fa_sm90_instance *f, int pro
         cudaError_t e = cudaMemsetAsync(workspace, 0, sizeof *p.next_unit, stream);
         status = e == cudaSuccess ? FA_OK : fa_sm90_refuse(err, f->name, cudaGetErrorString(e));
     }
-    return status ? status : start(f, &p, p.plain.units, processors, stream, err);
+    return status ? status : fa_sm90_start(f, min(p.plain.units, processors), &p, stream, err);
 }
 
 extern "C" size_t fa_fwd_sm90_workspace(const fa_args *a)
@@ -256,6 +252,14 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_instance_at(int i)
     return i < (int)(sizeof all / sizeof all[0]) ? all[i] : NULL;
 }
 
+/* The options of the instance for just what the call does. */
+static int options_of(const fa_args *a)
+{
+    int what = what_of(a);
+    bool padding = (what | FA_MOD_VECTORS) == (FA_MOD_BITS | FA_MOD_VECTORS | FA_MOD_PADDING);
+    return fa_fwd_sm90_is_plain(a) ? FA_PLAIN : padding ? FA_LENGTHS : what;
+}
+
 /* The narrowest head dimensions that hold the call's, of the instances with these options; NULL: there is none. */
 static const fa_sm90_instance *narrowest(const fa_args *a, int options)
 {
@@ -273,7 +277,7 @@ extern "C" const fa_sm90_instance *fa_fwd_sm90_choose(const fa_args *a)
 #define FA_PICK(name) (a->q.dtype == FA_BF16 ? &fa_fwd_sm90_bf16_##name : &fa_fwd_sm90_f16_##name)
     if (a->q.dtype == FA_F32)
         return a->q.size[3] <= 64 && a->v.size[3] <= 64 ? &fa_fwd_sm90_f32_hd64 : &fa_fwd_sm90_f32_hd128;
-    const fa_sm90_instance *f = narrowest(a, fa_fwd_sm90_is_plain(a) ? FA_PLAIN : what_of(a));
+    const fa_sm90_instance *f = narrowest(a, options_of(a));
     bool band = a->window_left >= 0 || a->window_right >= 0;
     if (f == FA_PICK(hd64) && band && a->q.size[2] <= 2048)
         return FA_PICK(hd64_bm128);

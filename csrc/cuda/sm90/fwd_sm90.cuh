@@ -17,226 +17,14 @@
 #include "../tile/softmax.cuh"
 #include "../tile/store_rows.cuh"
 #include "fwd_sm90_fetch.cuh"
+#include "fwd_sm90_find.cuh"
+#include "fwd_sm90_list.cuh"
 #include "fwd_sm90_mod.cuh"
 #include "fwd_sm90_params.h"
+#include "fwd_sm90_produce.cuh"
 #include "fwd_sm90_repair.cuh"
+#include "fwd_sm90_shared.cuh"
 #include "fwd_sm90_tiles.cuh"
-
-/* T: element; head dimensions D and DV, multiples of 64; WGS warpgroups of 64 queries; BN keys in a block; STAGES
- * blocks of K and of V in flight; EARLY of the BN / 16 products with V are issued after the turn at the tensor cores
- * is passed. BESIDE: the softmax runs beside a warpgroup's own product with V, which takes BN / 4 more registers.
- * OPTIONS: fwd_sm90_params.h. */
-template <typename T_, int D_, int DV_, int WGS_, int BN_, int STAGES_, int EARLY_, bool BESIDE_, int OPTIONS_>
-struct fa_fwd_sm90_config {
-    static constexpr bool BESIDE = BESIDE_, MOD = OPTIONS_ != FA_PLAIN;
-    static constexpr int OPTIONS = OPTIONS_;
-    using T = T_;
-    static constexpr int D = D_, DV = DV_, WGS = WGS_, BN = BN_, STAGES = STAGES_, EARLY = EARLY_;
-    static constexpr int BM = 64 * WGS;
-    /* One more warpgroup fetches the mask, into so many places: fwd_sm90_fetch.cuh. */
-    static constexpr bool FETCH = OPTIONS == FA_BITS || OPTIONS == FA_BIAS;
-    static constexpr int FETCHED = !FETCH ? 1 : OPTIONS == FA_BIAS && D > 64 ? 2 : 3;
-    static constexpr int MASK_BYTES = OPTIONS == FA_BIAS ? 2 : OPTIONS == FA_BITS ? 1 : 0; /* of an element */
-    using fetched = fa_fetched<4 * WGS, FETCH ? 16 * BN * MASK_BYTES : 16, OPTIONS == FA_BITS ? FA_WARP : 1>;
-    /* Without that warpgroup, of each of two places; with dropout alone for fa_fetch_columns. */
-    static constexpr int MASK = OPTIONS == FA_ALL ? BM * BN * 2 : OPTIONS == FA_DROPOUT ? 4 * WGS * BN / 4 * 16 : 16;
-    static constexpr int THREADS = FA_WARPGROUP * (WGS + 1 + FETCH);
-    static constexpr int PRODUCER_REGISTERS = WGS == 2 ? 24 : 32, FETCH_REGISTERS = 40;
-    static constexpr int CONSUMER_REGISTERS = WGS == 3 ? 160 : FETCH ? 224 : 240;
-};
-
-/* FA_MOD_* of the call. */
-template <class C> __device__ __forceinline__ int fa_what(const fa_fwd_sm90_mod_params &p)
-{
-    return C::OPTIONS == FA_ALL ? p.what : C::OPTIONS;
-}
-
-/* What only the instances with MOD have. */
-template <class C, bool MOD = C::MOD> struct fa_fwd_sm90_types {
-    struct shared {};
-    using params = fa_fwd_sm90_params;
-};
-template <class C> struct fa_fwd_sm90_types<C, true> {
-    using shared = fa_mod_shared<C::STAGES, C::MASK, C::FETCHED, typename C::fetched>;
-    using params = fa_fwd_sm90_mod_params;
-};
-
-/* Tiles lie in panels of 64 columns: rows of 128 bytes, swizzled. Q: one block of 64 rows for each warpgroup. */
-template <class C> struct fa_fwd_sm90_shared : fa_fwd_sm90_types<C>::shared {
-    alignas(1024) typename C::T q[C::WGS][64 * C::D];
-    alignas(1024) typename C::T k[C::STAGES][C::BN * C::D];
-    alignas(1024) typename C::T v[C::STAGES][C::BN * C::DV];
-    uint64_t q_full[C::WGS], q_empty[C::WGS];
-    uint64_t k_full[C::STAGES], k_empty[C::STAGES];
-    uint64_t v_full[C::STAGES], v_empty[C::STAGES];
-};
-
-enum { FA_BAR_TURN = 1 }; /* named barriers FA_BAR_TURN + warpgroup */
-
-/* ---- work -------------------------------------------------------------------------------------------------------- */
-
-struct fa_query_tile {
-    int b, h, row;          /* batch, query head, first query */
-    int block_lo, block_hi; /* blocks of BN keys that some query sees; one, of hidden keys, where there is none */
-};
-
-/* Part `part` of piece of work `unit`. Neighbouring thread blocks share a head, whose K and V so stay in the
- * second-level cache. Where later queries see more keys, a piece is two tiles of a head, the i-th from the end and then
- * the i-th: all pieces take the same time. Loops over units and parts have bounds that are the same for all threads;
- * only so does the assembler keep stages, addresses and descriptors in uniform registers. */
-template <class C> __device__ __forceinline__ fa_query_tile fa_tile_at(const fa_fwd_sm90_params &p, int unit, int part)
-{
-    int pieces = (p.tiles + p.parts - 1) / p.parts;
-    int low = unit % pieces, head = unit / pieces;
-    bool alone = 2 * low + 1 == p.tiles; /* the middle tile has no partner: its part 1 lies behind the last query */
-    fa_query_tile t;
-    t.b = head / p.HQ;
-    t.h = head % p.HQ;
-    t.row = (part == 0 ? p.tiles - 1 - low : alone ? p.tiles : low) * C::BM;
-    int last = min(t.row + C::BM, p.SQ) - 1;
-    int key_lo = max(0, t.row + p.lo_shift), key_hi = t.row < p.SQ ? min(p.SK, last + p.hi_shift) : 0;
-    t.block_lo = key_lo / C::BN;
-    t.block_hi = max((key_hi + C::BN - 1) / C::BN, t.block_lo + 1);
-    return t;
-}
-
-/* ---- producer: one thread starts every copy ---------------------------------------------------------------------- */
-
-/* Rows first .. first + ROWS - 1 of one head, COLUMNS wide, in panels of 64 columns. */
-template <int ROWS, int COLUMNS, typename T>
-__device__ __forceinline__ void fa_load_rows(T *to, const CUtensorMap *map, uint64_t *bar, int first, int head,
-                                             int batch)
-{
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c += 64)
-        fa_tma_load_4d(to + c * ROWS, map, bar, c, first, head, batch);
-}
-
-/* Rows of a tile's queries and keys in the tensors. */
-__device__ __forceinline__ int fa_query_row(const fa_query_tile &t)
-{
-    return t.row;
-}
-
-__device__ __forceinline__ int fa_query_row(const fa_mod_tile &t)
-{
-    return t.q_row + t.row;
-}
-
-__device__ __forceinline__ int fa_key_row(const fa_query_tile &)
-{
-    return 0;
-}
-
-__device__ __forceinline__ int fa_key_row(const fa_mod_tile &t)
-{
-    return t.k_row;
-}
-
-template <class C, class Tile>
-__device__ __forceinline__ void fa_load_queries(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
-                                                uint32_t &parity)
-{
-#pragma unroll
-    for (int w = 0; w < C::WGS; w++) {
-        fa_mbar_wait(&s.q_empty[w], parity ^ 1);
-        fa_mbar_expect(&s.q_full[w], sizeof(s.q[w]));
-        fa_load_rows<64, C::D>(s.q[w], &p.q_map, &s.q_full[w], fa_query_row(t) + 64 * w, t.h * p.q_steps[0],
-                             t.b * p.q_steps[1]);
-    }
-    parity ^= 1;
-}
-
-template <class C, class Tile>
-__device__ __forceinline__ void fa_load_keys(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
-                                             int block, fa_stage<C::STAGES> &ks)
-{
-    fa_mbar_wait(&s.k_empty[ks.index], ks.parity ^ 1);
-    fa_mbar_expect(&s.k_full[ks.index], sizeof(s.k[0]));
-    fa_load_rows<C::BN, C::D>(s.k[ks.index], &p.k_map, &s.k_full[ks.index], fa_key_row(t) + block * C::BN,
-                              t.h / p.group * p.k_steps[0], t.b * p.k_steps[1]);
-    ks.next();
-}
-
-/* The barrier that V of a block is announced on. */
-template <class C>
-__device__ __forceinline__ uint64_t *fa_values_bar(fa_fwd_sm90_shared<C> &s, const fa_query_tile &, int, int stage)
-{
-    return &s.v_full[stage];
-}
-
-template <class C>
-__device__ __forceinline__ uint64_t *fa_values_bar(fa_fwd_sm90_shared<C> &s, const fa_mod_tile &t, int block, int stage)
-{
-    return t.tail < C::BN && block == t.block_hi - 1 ? &s.v_raw[stage] : &s.v_full[stage];
-}
-
-template <class C, class Tile>
-__device__ __forceinline__ void fa_load_values(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s, const Tile &t,
-                                               int block, fa_stage<C::STAGES> &vs)
-{
-    uint64_t *bar = fa_values_bar<C>(s, t, block, vs.index);
-    fa_mbar_wait(&s.v_empty[vs.index], vs.parity ^ 1);
-    fa_mbar_expect(bar, sizeof(s.v[0]));
-    fa_load_rows<C::BN, C::DV>(s.v[vs.index], &p.v_map, bar, fa_key_row(t) + block * C::BN,
-                               t.h / p.group * p.v_steps[0], t.b * p.v_steps[1]);
-    vs.next();
-}
-
-/* The order in which consumers need them, over all blocks of all tiles: K of a block, then V of the block before. Q of
- * a tile comes last among the copies for its first block, since its place is free last. */
-template <class C> __device__ __forceinline__ void fa_produce(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
-{
-    fa_stage<C::STAGES> ks, vs;
-    uint32_t q_parity = 0;
-    fa_query_tile before = {};
-    int block_before = -1; /* there is none */
-    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
-        for (int part = 0; part < p.parts; part++) {
-            fa_query_tile t = fa_tile_at<C>(p, unit, part);
-            for (int block = t.block_hi - 1; block >= t.block_lo; block--) {
-                fa_load_keys<C>(p, s, t, block, ks);
-                if (block_before >= 0)
-                    fa_load_values<C>(p, s, before, block_before, vs);
-                if (block == t.block_hi - 1)
-                    fa_load_queries<C>(p, s, t, q_parity);
-                before = t;
-                block_before = block;
-            }
-        }
-    }
-    fa_load_values<C>(p, s, before, block_before, vs);
-}
-
-/* The same over the tiles of the ring. */
-template <class C>
-__device__ __forceinline__ void fa_produce_ring(const fa_fwd_sm90_params &p, fa_fwd_sm90_shared<C> &s)
-{
-    fa_stage<C::STAGES> ks, vs;
-    fa_ring ring;
-    uint32_t q_parity = 0;
-    int slot_before = -1, block_before = 0; /* there is none */
-    for (;; ring.next()) {
-        const fa_mod_tile &t = fa_next_tile(s, ring);
-        int hi = t.block_hi;
-        for (int block = hi - 1; hi >= 0 && block >= t.block_lo; block--) {
-            fa_load_keys<C>(p, s, t, block, ks);
-            if (slot_before >= 0)
-                fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
-            if (block == hi - 1) {
-                fa_load_queries<C>(p, s, t, q_parity);
-                if (slot_before >= 0)
-                    fa_mbar_arrive(&s.tile_empty[slot_before]);
-            }
-            slot_before = ring.index;
-            block_before = block;
-        }
-        if (hi < 0)
-            break;
-    }
-    if (slot_before >= 0)
-        fa_load_values<C>(p, s, s.tiles[slot_before], block_before, vs);
-}
 
 /* ---- consumers: 64 queries each ---------------------------------------------------------------------------------- */
 
@@ -268,14 +56,18 @@ template <class C> struct fa_consumer {
     bool spoilt = false;             /* this thread held a result that is not finite */
     int mask = 0;                    /* which of the two places holds the mask of the block at hand */
     fa_stage<C::FETCHED> fs;         /* where what is fetched for it lies */
-    int full_lo, full_hi;            /* in blocks that begin at these keys or between, all queries see all */
+    int full_lo, full_hi;            /* in blocks that begin at these keys or between, all queries see all, but for a
+                                        padding mask */
+    fa_stage<FA_LISTED> ls;          /* place of the next block in the list, */
+    uint32_t what;                   /* and what is written there */
+    int block, row;
+    bool ragged;                     /* fa_is_ragged */
 };
 
-/* One of every warp says that its warp is done. */
+/* A warp says that it is done. */
 __device__ __forceinline__ void fa_release(uint64_t *bar)
 {
-    if (threadIdx.x % FA_WARP == 0)
-        fa_mbar_arrive(bar);
+    fa_mbar_arrive_warp(bar);
 }
 
 /* Done with K of a block and, after the last block of a tile, with Q. */
@@ -327,23 +119,67 @@ __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_params &p, fa_f
     fa_softmax_block<typename C::T, C::BN>(fa_scores_at_hand<C::BN>{s, p.scale_log2}, w, r);
 }
 
-/* The same three with options. Rows that are no queries see nothing, so that nothing depends on what they hold. */
+/* Has this warp rows that are queries and others that are not, but hold something? Rows of a warp raise their maxima
+ * together, and nothing of a query may depend on what is no query: so these become what rows behind the tensor's end
+ * are, zero. Rows of other warps do not matter. */
+__device__ __forceinline__ bool fa_is_ragged(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, int row)
+{
+    int first = fa_mod_place_of(row, 0).row & ~15;
+    return first < t.q_len && first + 16 > t.q_len && t.q_row + t.q_len < p.plain.SQ;
+}
+
+template <int R> __device__ __forceinline__ void fa_clear_rows(float (&s)[R], const fa_mod_tile &t, int row)
+{
+    int first = fa_mod_place_of(row, 0).row;
+#pragma unroll
+    for (int e = 0; e < R; e++)
+        s[e] = first + e / 2 % 2 * 8 < t.q_len ? s[e] : 0.f;
+}
+
+/* Do these 64 queries see all keys of the block, but for masks, and is the warp not ragged? What the list says is said of
+ * all queries of the tile. */
 template <class C>
-__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &,
+__device__ __forceinline__ bool fa_is_full(const fa_fwd_sm90_mod_params &p, fa_consumer<C> &c, const fa_mod_tile &t,
+                                           int row, int key, bool fresh, const fa_mod_block &m)
+{
+    if (C::LISTED && !(m.what & FA_EDGE))
+        return true;
+    if (C::LISTED || fresh) {
+        c.full_lo = row + 63 + t.lo_shift;
+        c.full_hi = fa_is_ragged(p, t, row) ? -1 : min(t.k_len, row + t.hi_shift) - C::BN;
+    }
+    return __all_sync(0xffffffff, key >= c.full_lo && key <= c.full_hi);
+}
+
+/* The same three with options. */
+template <class C>
+__device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
                                               fa_consumer<C> &c, const fa_mod_tile &t, float (&s)[C::BN / 2], int row,
                                               int key, bool fresh, fa_mod_block &m)
 {
-    if (fresh) {
-        c.full_lo = row + 63 + t.lo_shift;
-        c.full_hi = row + 64 <= t.q_len ? min(t.k_len, row + t.hi_shift) - C::BN : -1;
-    }
-    bool full = __all_sync(0xffffffff, key >= c.full_lo && key <= c.full_hi);
-    m.late = full && fa_can_be_late<C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s);
+    const bool full = fa_is_full<C>(p, c, t, row, key, fresh, m);
+    m.late = full && fa_can_be_late<C::BN, C::OPTIONS>(t, fa_mod_place_of(row, key), m);
     if (m.late)
         return;
+    if (!full && fa_is_ragged(p, t, row))
+        fa_clear_rows(s, t, row);
     fa_mod_scores<typename C::T, C::BN>(p, fa_what<C>(p), t, row, key, m, s);
     if (!full)
-        fa_hide_keys<C::BN, true>(s, row, key, t.k_len, t.lo_shift, t.hi_shift, t.q_len);
+        fa_hide_keys<C::BN>(s, row, key, t.k_len, t.lo_shift, t.hi_shift);
+    if constexpr (C::LISTED) {
+        if (m.what & FA_MIXED)
+            fa_hide_padding<C::BN>(s, fa_take_padding<C::BN>(sh.listed[m.place]));
+    }
+}
+
+/* The next block of the list. A reduction's result is the same for all threads to the assembler as well. */
+template <class C> __device__ __forceinline__ void fa_look_up(fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c)
+{
+    fa_mbar_wait(&sh.listed_full[c.ls.index], c.ls.parity);
+    const fa_listed &l = sh.listed[c.ls.index];
+    c.what = __reduce_or_sync(0xffffffff, l.what);
+    c.block = l.block;
+    c.row = l.row;
 }
 
 template <class C>
@@ -352,7 +188,7 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
                                                bool last, fa_mod_block &m)
 {
     int warp = threadIdx.x / FA_WARP - 4;
-    m.climbs = fa_what<C>(p) & FA_MOD_ALIBI && fa_alibi_climbs<C::BN>(t, row, key);
+    m.climbs = fa_what<C>(p) & FA_MOD_ALIBI && fa_alibi_climbs<C::BN, C::LISTED>(t, row, key);
     if constexpr (C::OPTIONS == FA_ALL) {
         int own = warp * (16 * C::BN * 2); /* this warp's part */
         m.mask = sh.mask[c.mask] + own;
@@ -363,6 +199,12 @@ __device__ __forceinline__ void fa_fetch_block(const fa_fwd_sm90_mod_params &p, 
         m.mask = sh.mask[c.mask] + warp * (C::BN / 4 * 16);
         fa_fetch_columns<C::BN>(p, t, key, m.mask);
         c.mask ^= 1;
+    }
+    if constexpr (C::LISTED) {
+        m.what = c.what;
+        m.place = c.ls.index;
+        c.ls.next();
+        fa_look_up<C>(sh, c);
     }
     if constexpr (C::FETCH) {
         fa_mbar_wait(&sh.fetched_full[c.fs.index], c.fs.parity);
@@ -385,15 +227,19 @@ __device__ __forceinline__ void fa_weigh_block(const fa_fwd_sm90_mod_params &p, 
                                                const fa_mod_block &m)
 {
     r.blind = r.blind || m.climbs;
-    if (m.late)
-        fa_softmax_block<typename C::T, C::BN>(
-            fa_late_scores_of<typename C::T, C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s), w, r);
-    else if (fa_what<C>(p) & FA_MOD_DROPOUT)
-        fa_softmax_block<typename C::T, C::BN>(
-            fa_scores_at_hand<C::BN>{s, p.plain.scale_log2}, w, r,
-            fa_dropping<C::OPTIONS == FA_DROPOUT>(p, t, fa_mod_place_of(row, key), m.mask));
-    else
-        fa_softmax_block<typename C::T, C::BN>(fa_scores_at_hand<C::BN>{s, p.plain.scale_log2}, w, r);
+    bool done = m.late &&
+                fa_softmax_block<typename C::T, C::BN>(
+                    fa_late_scores_of<typename C::T, C::BN, C::OPTIONS>(p, t, fa_mod_place_of(row, key), m, s), w, r);
+    if (!done) {
+        const fa_scores_at_hand<C::BN> made = {s, p.plain.scale_log2};
+        if (C::OPTIONS == FA_CAP && m.late)
+            fa_softcap_near(s, p);
+        if (fa_what<C>(p) & FA_MOD_DROPOUT)
+            fa_softmax_block<typename C::T, C::BN>(
+                made, w, r, fa_dropping<C::OPTIONS == FA_DROPOUT>(p, t, fa_mod_place_of(row, key), m.mask));
+        else
+            fa_softmax_block<typename C::T, C::BN>(made, w, r);
+    }
     if constexpr (C::FETCH) {
         __syncwarp();
         fa_release(&sh.fetched_empty[c.fs.index]);
@@ -460,7 +306,7 @@ __device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_mod_params &p, f
     const fa_mod_tile &t = sh.tiles[place];
     const fa_fwd_sm90_view &v = p.plain.out;
     int row = t.row + 64 * c.warpgroup;
-    c.spoilt = c.spoilt || fa_any_not_finite(o);
+    c.spoilt = c.spoilt || (fa_mod_place_of(row, 0).row < t.q_len && fa_any_not_finite(o));
     typename C::T *out = (typename C::T *)v.data + t.b * v.batch + t.h * v.head + t.q_row * v.row;
     float *lse = p.plain.lse + ((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row;
     fa_rows_out f = fa_mod_finish(p, t, r, row);
@@ -488,7 +334,7 @@ __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> 
                                               float (&s)[C::BN / 2], uint32_t (&w)[C::BN / 4], float (&o)[C::DV / 2],
                                               fa_rows &r)
 {
-    int row = t.row + 64 * c.warpgroup, key = block * C::BN;
+    int row = (C::LISTED ? c.row : t.row) + 64 * c.warpgroup, key = block * C::BN;
     fa_mod_block m;
     fa_mbar_wait(&sh.k_full[c.ks.index], c.ks.parity);
     if (fresh)
@@ -648,15 +494,40 @@ __device__ __forceinline__ void fa_consume_ring(const fa_fwd_sm90_mod_params &p,
         fa_mod_repair_tiles<C>(p, last_unit, warpgroup);
 }
 
+/* The same over the listed blocks. */
+template <class C>
+__device__ __forceinline__ void fa_consume_listed(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &sh,
+                                                  int warpgroup)
+{
+    fa_consumer<C> c = fa_consumer_of<C>(sh, warpgroup);
+    float s[C::BN / 2], o[C::DV / 2] = {};
+    uint32_t w[C::BN / 4];
+    fa_rows r;
+    int done = -1; /* place of the tile before */
+    fa_look_up<C>(sh, c);
+    while (!(c.what & FA_END)) {
+        const int place = c.what / FA_PLACE;
+        fa_next_block<C>(p, sh, c, sh.tiles[place], c.block, done < 0, c.what & FA_FRESH, c.what & FA_LAST, done, s, w, o,
+                         r);
+        done = place;
+    }
+    if (done < 0)
+        return;
+    fa_last_product<C>(sh, c, w, o);
+    fa_store_tile<C>(p, sh, c, done, o, r);
+    if (p.plain.hides && __any_sync(0xffffffff, c.spoilt))
+        fa_mod_repair_tiles<C>(p, (uint32_t)c.block, warpgroup);
+}
+
 /* ---- kernel ------------------------------------------------------------------------------------------------------ */
 
 template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_shared<C> &s)
 {
-    constexpr int consumers = C::WGS * FA_WARPGROUP / FA_WARP; /* one arrival for each warp */
+    constexpr int warpgroup = FA_WARPGROUP / FA_WARP * FA_WARP_ARRIVALS, consumers = C::WGS * warpgroup;
 #pragma unroll
     for (int i = 0; i < C::WGS; i++) {
         fa_mbar_init(&s.q_full[i], 1);
-        fa_mbar_init(&s.q_empty[i], consumers / C::WGS);
+        fa_mbar_init(&s.q_empty[i], warpgroup);
     }
 #pragma unroll
     for (int i = 0; i < C::STAGES; i++) {
@@ -668,14 +539,21 @@ template <class C> __device__ __forceinline__ void fa_init_barriers(fa_fwd_sm90_
     if constexpr (C::MOD) {
         for (int i = 0; i < FA_TILES; i++) {
             fa_mbar_init(&s.tile_full[i], 1);
-            fa_mbar_init(&s.tile_empty[i], consumers + 2 + 4 * C::FETCH); /* and the warps that load, clear, fetch */
+            /* and the thread that loads, the warps that clear (or go by the list) and fetch */
+            fa_mbar_init(&s.tile_empty[i], consumers + 1 + FA_WARP_ARRIVALS * !C::LISTED + warpgroup * C::FETCH);
         }
         for (int i = 0; i < C::FETCHED; i++) {
-            fa_mbar_init(&s.fetched_full[i], 4);
+            fa_mbar_init(&s.fetched_full[i], warpgroup);
             fa_mbar_init(&s.fetched_empty[i], consumers);
         }
         for (int i = 0; i < C::STAGES; i++)
             fa_mbar_init(&s.v_raw[i], 1);
+    }
+    if constexpr (C::LISTED) {
+        for (int i = 0; i < FA_LISTED; i++) {
+            fa_mbar_init(&s.listed_full[i], FA_WARP_ARRIVALS);
+            fa_mbar_init(&s.listed_empty[i], 1 + FA_WARP_ARRIVALS); /* the thread that loads, the warp that clears */
+        }
     }
     fa_mbar_fence_init();
 }
@@ -690,12 +568,19 @@ template <class C> __device__ __forceinline__ void fa_supply(const fa_fwd_sm90_p
 template <class C> __device__ __forceinline__ void fa_supply(const fa_fwd_sm90_mod_params &p, fa_fwd_sm90_shared<C> &s)
 {
     int warp = __shfl_sync(0xffffffff, threadIdx.x / FA_WARP, 0);
-    if (threadIdx.x == 0)
-        fa_produce_ring<C>(p.plain, s);
-    else if (warp == 1)
+    if (threadIdx.x == 0) {
+        if constexpr (C::LISTED)
+            fa_produce_listed<C>(p.plain, s);
+        else
+            fa_produce_ring<C>(p.plain, s);
+    } else if (warp == 1) {
         fa_find_tiles<C>(p, s);
-    else if (warp == 2)
-        fa_clear_tails<C>(s);
+    } else if (warp == 2) {
+        if constexpr (C::LISTED)
+            fa_clear_listed_tails<C>(s);
+        else
+            fa_clear_tails<C>(s);
+    }
 }
 
 __device__ __forceinline__ const fa_fwd_sm90_params &fa_plain_of(const fa_fwd_sm90_params &p)
@@ -734,7 +619,9 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         }
     } else {
         fa_registers_grow<C::CONSUMER_REGISTERS>();
-        if constexpr (C::MOD)
+        if constexpr (C::LISTED)
+            fa_consume_listed<C>(p, s, warpgroup - 1);
+        else if constexpr (C::MOD)
             fa_consume_ring<C>(p, s, warpgroup - 1);
         else
             fa_consume<C>(p, s, warpgroup - 1);

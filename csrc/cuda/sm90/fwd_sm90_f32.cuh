@@ -558,11 +558,12 @@ __device__ __forceinline__ void fa_f32_consume(const fa_fwd_sm90_params &p, fa_f
 
 template <class C> __device__ __forceinline__ void fa_f32_init_barriers(fa_f32_shared<C> &s)
 {
-    constexpr int consumers = C::WGS * FA_WARPGROUP / FA_WARP; /* one arrival for each warp */
+    constexpr int consumers = C::WGS * FA_WARPGROUP / FA_WARP * FA_WARP_ARRIVALS;
+    constexpr int splitters = C::SPLITTERS * FA_WARP_ARRIVALS;
 #pragma unroll
     for (int i = 0; i < C::STAGES; i++) {
-        fa_mbar_init(&s.k_full[i], C::SPLITTERS);
-        fa_mbar_init(&s.v_full[i], C::SPLITTERS);
+        fa_mbar_init(&s.k_full[i], splitters);
+        fa_mbar_init(&s.v_full[i], splitters);
         fa_mbar_init(&s.k_empty[i], consumers);
         fa_mbar_init(&s.v_empty[i], consumers);
     }

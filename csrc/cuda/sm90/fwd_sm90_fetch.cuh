@@ -104,8 +104,7 @@ template <class C, class Shared> __device__ __forceinline__ void fa_fetch_finish
         }
     }
     __syncwarp();
-    if (threadIdx.x % FA_WARP == 0)
-        fa_mbar_arrive(&s.fetched_full[stage]);
+    fa_mbar_arrive_warp(&s.fetched_full[stage]);
 }
 
 /* While the copies for one block are on their way, those for the block before are finished; with but two places they
@@ -139,8 +138,7 @@ __device__ __forceinline__ void fa_fetch(const fa_fwd_sm90_mod_params &p, Shared
         if (hi < 0)
             break;
         __syncwarp();
-        if (threadIdx.x % FA_WARP == 0)
-            fa_mbar_arrive(&s.tile_empty[ring.index]);
+        fa_mbar_arrive_warp(&s.tile_empty[ring.index]);
     }
     if (before >= 0) {
         ptx_cp_async_wait<0>();

@@ -21,6 +21,8 @@ struct fa_mod_block {
     char *mask;       /* the warp's part of the mask, in shared memory; with dropout alone fa_fetch_columns' place */
     bool climbs;      /* the block's maximum is to be looked for at once */
     bool tame;        /* a float mask that hides nothing, and nothing in it is large */
+    uint32_t what;    /* what the list says, */
+    int place;        /* and where: fwd_sm90_list.cuh */
     bool late;        /* scores are made together with their weights: fa_late_scores */
 };
 
@@ -257,36 +259,41 @@ __device__ __forceinline__ float fa_tanh(float x)
     return fmaf(-2.f, fa_reciprocal(1.f + fa_exp2(2 * FA_LOG2E * x)), 1.f);
 }
 
-/* Softcap of a small score s is s times this, to 6e-7: the special functions are left to the softmax. */
-__device__ __forceinline__ float fa_cap_factor(const fa_fwd_sm90_mod_params &p, float s)
+/* Softcap of a small score s is s times this, z being s * s: the special functions are left to the softmax. How small and
+ * how exact: fill_softcap. */
+__device__ __forceinline__ float fa_cap_factor(const fa_fwd_sm90_mod_params &p, float z)
 {
-    float z = s * s;
-    return fmaf(fmaf(fmaf(p.cap_terms[3], z, p.cap_terms[2]), z, p.cap_terms[1]), z, p.cap_terms[0]);
+    return fmaf(fmaf(p.cap_terms[2], z, p.cap_terms[1]), z, p.cap_terms[0]);
 }
 
-/* Are all of the warp's small? As with most caps they are. Squares' bits are in the order of squares, and NaN is above
- * all. */
-template <int R> __device__ __forceinline__ bool fa_cap_is_far(const fa_fwd_sm90_mod_params &p, const float (&s)[R])
+/* Are all of the warp's small? As with most caps they are. top: the bits of the largest square of this thread's; they are
+ * in the order of squares, and NaN is above all. */
+__device__ __forceinline__ bool fa_cap_is_far(const fa_fwd_sm90_mod_params &p, int top)
+{
+    return __all_sync(0xffffffff, __int_as_float(top) <= p.cap_limit);
+}
+
+/* s = cap tanh(s scale) */
+template <int R> __device__ __forceinline__ void fa_softcap_near(float (&s)[R], const fa_fwd_sm90_mod_params &p)
+{
+#pragma unroll
+    for (int e = 0; e < R; e++)
+        s[e] = p.cap * fa_tanh(s[e] * p.scale);
+}
+
+template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], const fa_fwd_sm90_mod_params &p)
 {
     int top = 0;
 #pragma unroll
     for (int e = 0; e < R; e += 2)
         top = __vimax3_s32(top, __float_as_int(s[e] * s[e]), __float_as_int(s[e + 1] * s[e + 1]));
-    return __all_sync(0xffffffff, __int_as_float(top) <= p.cap_limit);
-}
-
-/* s = cap tanh(s scale) */
-template <int R> __device__ __forceinline__ void fa_softcap(float (&s)[R], const fa_fwd_sm90_mod_params &p)
-{
-    if (!fa_cap_is_far(p, s)) {
-#pragma unroll
-        for (int e = 0; e < R; e++)
-            s[e] = p.cap * fa_tanh(s[e] * p.scale);
+    if (!fa_cap_is_far(p, top)) {
+        fa_softcap_near(s, p);
         return;
     }
 #pragma unroll
     for (int e = 0; e < R; e++)
-        s[e] *= fa_cap_factor(p, s[e]);
+        s[e] *= fa_cap_factor(p, s[e] * s[e]);
 }
 
 /* s = s scale - slope |i + offset - j| */
@@ -314,12 +321,15 @@ template <int BN> __device__ __forceinline__ bool fa_alibi_is_straight(const fa_
     return __all_sync(0xffffffff, ahead >= BN || ahead <= -16);
 }
 
-/* Does ALiBi raise scores from the block of the next keys to this one by so much that the maximum so far will not do?
- * Most likely, where a block's worth of slope is 4 powers of 2. */
-template <int BN> __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
+/* Does ALiBi raise scores from the blocks before to this one by so much that the maximum so far will not do? Most likely,
+ * where a block's worth of slope is 4 powers of 2. Blocks come in the order of fa_block_in_turn (NEAR_FIRST), or from the
+ * last to the first. */
+template <int BN, bool NEAR_FIRST>
+__device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
 {
     int ahead = row + t.offset - key; /* of the first query of 64 over the first key */
-    return __any_sync(0xffffffff, t.slope * BN > 4.f ? ahead < BN : t.slope * BN < -4.f && ahead > -64);
+    bool falls = ahead < BN && (!NEAR_FIRST || ahead > -64);
+    return __any_sync(0xffffffff, t.slope * BN > 4.f ? falls : t.slope * BN < -4.f && ahead > -64);
 }
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */
@@ -458,12 +468,12 @@ __device__ __forceinline__ void fa_mod_scores(const fa_fwd_sm90_mod_params &p, i
 
 /* ---- scores that are made together with their weights ------------------------------------------------------------ */
 
-/* Can the block's be? They can where fa_mod_scores would take its common way. */
+/* Can the block's be? They can where fa_mod_scores would take its common way; with a softcap that shows when they are
+ * made. */
 template <int BN, int OPTIONS>
-__device__ __forceinline__ bool fa_can_be_late(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_place at,
-                                               const fa_mod_block &m, const float (&s)[BN / 2])
+__device__ __forceinline__ bool fa_can_be_late(const fa_mod_tile &t, fa_mod_place at, const fa_mod_block &m)
 {
-    return OPTIONS == FA_BITS || (OPTIONS == FA_BIAS && m.tame) || (OPTIONS == FA_CAP && fa_cap_is_far(p, s)) ||
+    return OPTIONS == FA_BITS || OPTIONS == FA_CAP || (OPTIONS == FA_BIAS && m.tame) ||
            (OPTIONS == FA_ALIBI && fa_alibi_is_straight<BN>(t, at));
 }
 
@@ -474,11 +484,16 @@ template <typename T, int BN, int OPTIONS> struct fa_late_scores {
     const fa_mod_block &m;
     float c;
     float slope, alibi[2]; /* ALiBi of row i and column 8 c + x of the block: alibi[i] + (8 c + x) slope */
+    mutable int top;       /* of a softcap: fa_cap_is_far */
 
     __device__ __forceinline__ void renew(void) const
     {
         if (OPTIONS == FA_CAP)
             fa_wgmma_hold(s);
+    }
+    __device__ __forceinline__ bool good(void) const
+    {
+        return OPTIONS != FA_CAP || fa_cap_is_far(p, top);
     }
     __device__ __forceinline__ float2 values(int j, float scale, float base) const
     {
@@ -488,8 +503,11 @@ template <typename T, int BN, int OPTIONS> struct fa_late_scores {
             return make_float2(seen & 1 ? fmaf(x, scale, base) : -CUDART_INF_F,
                                seen & 2 ? fmaf(y, scale, base) : -CUDART_INF_F);
         }
-        if (OPTIONS == FA_CAP)
-            return make_float2(fmaf(x, fa_cap_factor(p, x), base), fmaf(y, fa_cap_factor(p, y), base));
+        if (OPTIONS == FA_CAP) {
+            float u = x * x, v = y * y;
+            top = __vimax3_s32(top, __float_as_int(u), __float_as_int(v));
+            return make_float2(fmaf(x, fa_cap_factor(p, u), base), fmaf(y, fa_cap_factor(p, v), base));
+        }
         if (OPTIONS == FA_ALIBI) {
             float first = alibi[j % 2] + base, column = 8 * (j / 2);
             return make_float2(fmaf(x, p.scale, fmaf(column, slope, first)),
@@ -515,7 +533,7 @@ fa_late_scores_of(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t, fa_mod_
 {
     int ahead = at.row + t.offset - at.column;
     float slope = OPTIONS == FA_ALIBI ? (ahead > 0 ? t.slope : -t.slope) : 0.f;
-    return {s, p, m, p.plain.scale_log2, slope, {-slope * (float)ahead, -slope * (float)(ahead + 8)}};
+    return {s, p, m, p.plain.scale_log2, slope, {-slope * (float)ahead, -slope * (float)(ahead + 8)}, 0};
 }
 
 /* ---- the end of a tile ------------------------------------------------------------------------------------------- */

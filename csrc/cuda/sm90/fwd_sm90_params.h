@@ -40,10 +40,11 @@ enum {
     FA_MOD_SCALED = 64,  /* scores come to units of log2 before the softmax; scale_log2 is then 1 */
     FA_MOD_WIDE = 128,   /* the mask is of float32 */
     FA_MOD_OFTEN = 256,  /* with DROPOUT: of more than a half */
+    FA_MOD_PADDING = 512, /* a bool mask, the same for all queries of a head */
 };
 
-/* What an instance is for: nothing but causal and windows; also lengths, packed rows and sinks; all options; or, with
- * lengths and so on, calls of which FA_MOD_* say just this. */
+/* What an instance is for: nothing but causal and windows; also lengths, packed rows, sinks and a padding mask; all
+ * options; or, with lengths and so on, calls of which FA_MOD_* say just this. */
 enum {
     FA_ALL = -2,
     FA_PLAIN = -1,
@@ -63,7 +64,7 @@ typedef struct fa_fwd_sm90_mod_params {
     int32_t heads_outside; /* heads are the outer loop over tiles, batches the inner: they share a mask */
     float scale;           /* of Q K^T: by softcap if there is one, else into units of log2 */
     float cap;             /* softcap in units of log2 */
-    float cap_terms[4];    /* of a small s, it is s times a polynomial in s^2 of these coefficients; */
+    float cap_terms[3];    /* of a small s, it is s times a polynomial in s^2 of these coefficients; */
     float cap_limit;       /* small: s^2 is at most this */
     fa_sm90_dropout dropout;
     int64_t mask[4];       /* strides of the mask in elements, 0 where it is broadcast */

@@ -1,5 +1,6 @@
-/* The tiles of the Hopper forward kernel's instances with all options: lengths and offsets lie in device memory, so one
- * thread of a block finds the next tile and tells the other warps by a ring in shared memory, ahead of their need. */
+/* The tiles of the Hopper forward kernel's instances with lengths and options: lengths and offsets lie in device memory,
+ * so one warp of a block finds the next tile (fwd_sm90_find.cuh) and tells the other warps by a ring in shared memory,
+ * ahead of their need. */
 #ifndef FA_FWD_SM90_TILES_CUH
 #define FA_FWD_SM90_TILES_CUH
 
@@ -104,104 +105,6 @@ __device__ __forceinline__ void fa_mod_tile_fill(const fa_fwd_sm90_mod_params &p
     t->sink = p.a.sinks.data ? (float)(fa_per_head(&p.a.sinks, t->n, t->h) * 1.4426950408889634) : 0.f;
 }
 
-/* ---- the warp that finds tiles ----------------------------------------------------------------------------------- */
-
-/* Rows of a tile that sees no key, by one warp. */
-template <int BM>
-__device__ __forceinline__ void fa_mod_fill_blind(const fa_fwd_sm90_mod_params &p, const fa_mod_tile &t)
-{
-    const fa_fwd_sm90_view &v = p.plain.out;
-    int lane = threadIdx.x % FA_WARP, chunks = p.plain.DV / 8, end = min(t.row + BM, t.q_rows);
-    char *out = (char *)v.data + 2 * (t.b * v.batch + t.h * v.head + t.q_row * v.row);
-    float *lse = p.plain.lse + ((int64_t)t.b * p.plain.HQ + t.h) * p.plain.SQ + t.q_row;
-    for (int row = t.row; row < end; row++)
-        for (int c = lane; c < chunks; c += FA_WARP)
-            *(uint4 *)(out + 2 * (row * v.row + 8 * c)) = make_uint4(0, 0, 0, 0);
-    for (int row = t.row + lane; row < end; row += FA_WARP)
-        lse[row] = row < t.q_len && p.a.sinks.data ? t.sink * 0.693147180559945f : -INFINITY;
-}
-
-/* A bool mask that is the same for all queries of a head (padding) hides whole blocks: those at the ends are left out. All
- * lanes read a part of its row. */
-template <int BN> __device__ __forceinline__ void fa_mod_narrow(const fa_fwd_sm90_mod_params &p, fa_mod_tile *t)
-{
-    const uint8_t *row = (const uint8_t *)p.a.mask.data + t->n * p.mask[0] + t->h * p.mask[1];
-    int first = INT32_MAX, last = -1, end = min(t->k_len, t->block_hi * BN);
-    for (int j = t->block_lo * BN + threadIdx.x % FA_WARP * 16; j < end; j += FA_WARP * 16) {
-        const uint4 w = *(const uint4 *)(row + j);
-        if (w.x | w.y | w.z | w.w) {
-            first = min(first, j);
-            last = j + 15;
-        }
-    }
-    first = __reduce_min_sync(0xffffffff, first);
-    last = __reduce_max_sync(0xffffffff, last);
-    __syncwarp();
-    if (threadIdx.x % FA_WARP == 0 && last >= 0) {
-        int hi = min(t->block_hi, last / BN + 1);
-        t->tail = hi < t->block_hi ? BN : t->tail;
-        t->block_lo = max(t->block_lo, first / BN);
-        t->block_hi = hi;
-    } else if (threadIdx.x % FA_WARP == 0) {
-        t->block_hi = t->block_lo;
-    }
-    __syncwarp();
-}
-
-/* Lane 0 writes the tile of this unit and part, if there is one, into the ring. */
-template <class C>
-__device__ __forceinline__ bool fa_mod_tile_at(const fa_fwd_sm90_mod_params &p, uint32_t unit, int part, fa_mod_tile *t)
-{
-    bool found = false;
-    if (threadIdx.x % FA_WARP == 0) {
-        found = fa_mod_tile_place<C::BM>(p, unit, part, t);
-        if (found)
-            fa_mod_tile_fill<C::BM, C::BN>(p, t);
-    }
-    __syncwarp();
-    const int padding = FA_MOD_BITS | FA_MOD_VECTORS, what = C::OPTIONS == FA_ALL ? p.what : C::OPTIONS;
-    if ((what & padding) == padding && p.mask[2] == 0 && __shfl_sync(0xffffffff, found, 0))
-        fa_mod_narrow<C::BN>(p, t);
-    return __shfl_sync(0xffffffff, found, 0);
-}
-
-/* Tiles without keys are dealt with at once and never seen by the other warps. */
-template <class C, class Shared>
-__device__ __forceinline__ void fa_find_tiles(const fa_fwd_sm90_mod_params &p, Shared &s)
-{
-    fa_ring ring;
-    int lane = threadIdx.x % FA_WARP;
-    uint32_t unit = blockIdx.x, before = FA_NO_UNIT;
-    fa_mbar_wait(&s.tile_empty[0], 1);
-    for (;; before = unit, unit += gridDim.x) {
-        if (p.next_unit)
-            unit = __shfl_sync(0xffffffff, lane == 0 ? atomicAdd(p.next_unit, 1) : 0, 0);
-        if (unit >= (uint32_t)p.plain.units)
-            break;
-        if (p.next_unit && lane == 0)
-            p.next_unit[1 + unit] = before;
-        for (int part = 0; part < p.plain.parts; part++) {
-            fa_mod_tile *t = &s.tiles[ring.index];
-            if (!fa_mod_tile_at<C>(p, unit, part, t))
-                continue;
-            if (t->block_hi <= t->block_lo) {
-                fa_mod_fill_blind<C::BM>(p, *t);
-                __syncwarp();
-                continue;
-            }
-            if (lane == 0)
-                fa_mbar_arrive(&s.tile_full[ring.index]);
-            ring.next();
-            fa_mbar_wait(&s.tile_empty[ring.index], ring.parity ^ 1);
-        }
-    }
-    if (lane == 0) {
-        s.tiles[ring.index].n = (int32_t)before;
-        s.tiles[ring.index].block_hi = -1;
-        fa_mbar_arrive(&s.tile_full[ring.index]);
-    }
-}
-
 /* The piece of work that the thread block had before. */
 __device__ __forceinline__ uint32_t fa_unit_before(const fa_fwd_sm90_mod_params &p, uint32_t unit)
 {
@@ -215,40 +118,6 @@ template <class Shared> __device__ __forceinline__ const fa_mod_tile &fa_next_ti
 {
     fa_mbar_wait(&s.tile_full[ring.index], ring.parity);
     return s.tiles[ring.index];
-}
-
-/* ---- the warp that clears rows of V ------------------------------------------------------------------------------ */
-
-/* In the last block of a sequence whose tensor goes on behind it, V holds rows that belong to nobody or to another:
- * their weight is 0, but 0 times NaN is NaN. */
-template <class C, class Shared> __device__ __forceinline__ void fa_clear_tails(Shared &s)
-{
-    fa_ring ring;
-    int lane = threadIdx.x % FA_WARP, stage = 0;
-    uint32_t parities = 0;
-    for (;; ring.next()) {
-        const fa_mod_tile &t = fa_next_tile(s, ring);
-        int blocks = t.block_hi - t.block_lo, tail = t.tail;
-        bool end = t.block_hi < 0;
-        __syncwarp();
-        if (lane == 0)
-            fa_mbar_arrive(&s.tile_empty[ring.index]);
-        if (end)
-            return;
-        if (tail < C::BN) {
-            fa_mbar_wait(&s.v_raw[stage], parities >> stage & 1);
-            parities ^= 1u << stage;
-#pragma unroll 1
-            for (int panel = 0; panel < C::DV / 64; panel++)
-                for (int at = tail * 8 + lane; at < C::BN * 8; at += FA_WARP)
-                    ((uint4 *)s.v[stage])[panel * C::BN * 8 + at] = make_uint4(0, 0, 0, 0);
-            fa_fence_shared_async();
-            __syncwarp();
-            if (lane == 0)
-                fa_mbar_arrive(&s.v_full[stage]);
-        }
-        stage = (stage + blocks) % C::STAGES;
-    }
 }
 
 #endif

@@ -45,6 +45,10 @@ fa_status fa_sm90_encode(const char *kernel, const fa_sm90_map *maps, int n, fa_
 /* Gives the kernel its shared memory; processors: multiprocessors of the current device. */
 fa_status fa_sm90_prepare(const fa_sm90_instance *f, int *processors, fa_error *err);
 
+/* Starts it on the current device; params: its one argument. No blocks: nothing. */
+fa_status fa_sm90_start(const fa_sm90_instance *f, int64_t blocks, const void *params, cudaStream_t stream,
+                        fa_error *err);
+
 fa_status fa_sm90_refuse(fa_error *err, const char *what, const char *why);
 
 #ifdef __cplusplus

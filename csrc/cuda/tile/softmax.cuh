@@ -45,19 +45,15 @@ __device__ __forceinline__ float fa_quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-/* Scores of keys that a row does not see become -inf. Row i sees i + lo_shift <= j < i + hi_shift and j < keys; ROWS:
- * if it is below rows. */
-template <int BN, bool ROWS = false>
-__device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int key, int keys, int lo_shift, int hi_shift,
-                                             int rows = 0)
+/* Scores of keys that a row does not see become -inf. Row i sees i + lo_shift <= j < i + hi_shift and j < keys. */
+template <int BN>
+__device__ __forceinline__ void fa_hide_keys(float (&s)[BN / 2], int row, int key, int keys, int lo_shift, int hi_shift)
 {
     int lane = threadIdx.x % FA_WARP, warp = threadIdx.x / FA_WARP % 4;
     int first = row + 16 * warp + lane / 4, column = key + 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int lo = first + 8 * i + lo_shift - column, hi = min(keys, first + 8 * i + hi_shift) - column;
-        if (ROWS && first + 8 * i >= rows)
-            hi = lo;
 #pragma unroll
         for (int c = 0; c < BN / 8; c++) {
 #pragma unroll
@@ -78,6 +74,11 @@ template <int BN> struct fa_scores_at_hand {
     __device__ __forceinline__ void renew(void) const
     {
     }
+    /* Are all that were asked for since what they should be? */
+    __device__ __forceinline__ bool good(void) const
+    {
+        return true;
+    }
     /* Scores 2 j and 2 j + 1, and both times c plus base. */
     __device__ __forceinline__ float2 pair(int j) const
     {
@@ -89,23 +90,31 @@ template <int BN> struct fa_scores_at_hand {
     }
 };
 
-/* m of both rows follows the block's maximum; the sums so far are multiplied by factor. */
-template <int BN, class Scores> __device__ __forceinline__ void fa_raise_maximum(const Scores &s, fa_rows &r)
+/* m of both rows follows the block's maximum; the sums so far are multiplied by factor. false: scores are not good, and
+ * nothing is done. */
+template <int BN, class Scores> __device__ __forceinline__ bool fa_raise_maximum(const Scores &s, fa_rows &r)
 {
+    float tops[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float top = s.pair(i).x;
+        tops[i] = s.pair(i).x;
 #pragma unroll
         for (int j = 0; j < BN / 8; j++) {
             float2 x = s.pair(2 * j + i);
-            top = fmaxf(fmaxf(top, x.x), x.y);
+            tops[i] = fmaxf(fmaxf(tops[i], x.x), x.y);
         }
-        top = fmaxf(r.m[i], fa_quad_max(top));
+    }
+    if (!s.good())
+        return false;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float top = fmaxf(r.m[i], fa_quad_max(tops[i]));
         r.factor[i] = top == r.m[i] ? 1.f : fa_exp2((r.m[i] - top) * s.c);
         r.l[i] *= r.factor[i];
         r.m[i] = top;
     }
     r.blind = __any_sync(0xffffffff, r.m[0] == -CUDART_INF_F || r.m[1] == -CUDART_INF_F);
+    return true;
 }
 
 /* No weight is dropped. */
@@ -120,9 +129,10 @@ struct fa_keeping {
 };
 
 /* w becomes the weights of the block's keys, rounded to T, as the A operand of the product with V; r is brought up to
- * date. drop(kept, a) makes masks of w[4 a] .. w[4 a + 3], of 16 keys: the sums are of all weights. */
+ * date. drop(kept, a) makes masks of w[4 a] .. w[4 a + 3], of 16 keys: the sums are of all weights. false: scores are not
+ * good, r is as it was, and w is nothing. */
 template <typename T, int BN, class Scores, class Drop = fa_keeping>
-__device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[BN / 4], fa_rows &r,
+__device__ __forceinline__ bool fa_softmax_block(const Scores &s, uint32_t (&w)[BN / 4], fa_rows &r,
                                                  const Drop &drop = fa_keeping())
 {
     float sum[2];
@@ -133,7 +143,8 @@ __device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[
         uint32_t kept[4];
         if (raise) {
             s.renew();
-            fa_raise_maximum<BN>(s, r);
+            if (!fa_raise_maximum<BN>(s, r))
+                return false;
             r.grown = true;
         }
         s.renew();
@@ -155,10 +166,13 @@ __device__ __forceinline__ void fa_softmax_block(const Scores &s, uint32_t (&w)[
             sum[j % 2] += y;
             w[j] = fa_pack<T>(x, y) & kept[j % 4];
         }
+        if (!s.good())
+            return false;
         raise = !raise && __any_sync(0xffffffff, fmaxf(sum[0], sum[1]) > FA_WEIGHTS_LIMIT);
     } while (raise);
     r.l[0] += sum[0];
     r.l[1] += sum[1];
+    return true;
 }
 
 template <int DV> __device__ __forceinline__ void fa_rescale_rows(float (&o)[DV / 2], const fa_rows &r)

@@ -90,29 +90,33 @@ __host__ __device__ constexpr int fa_key_at(int r, int rows)
     return r % 8 / 2 * (rows / 4) + r / 8 * 2 + r % 2;
 }
 
-/* fa_load_tile element by element, rows in the order of fa_key_at where by_lane; not inlined, so that the common way
- * keeps its registers */
+/* fa_load_tile, of any dtype and stride as well, and with rows in the order of fa_key_at where by_lane. Not inlined, so
+ * that the common way keeps its registers, and not unrolled, so that it compiles fast. */
 template <typename T>
-__device__ __noinline__ void fa_load_elements(T *sTile, int ld, int tile_rows, int threads, fa_load_rows rows,
-                                              int64_t first, int64_t limit, int c0, int width, bool by_lane)
+__device__ __noinline__ void fa_load_any(T *sTile, int ld, int tile_rows, int threads, fa_load_rows rows, int64_t first,
+                                         int64_t limit, int c0, int width, bool by_lane)
 {
     constexpr int LANES = 8;
     const fa_tensor *t = rows.t;
-    const int d = (int)t->size[3];
+    const int d = (int)t->size[3], vec = rows.vectors ? 16 / (int)sizeof(T) : 1;
+#pragma unroll 1
     for (int r = threadIdx.x / LANES; r < tile_rows; r += threads / LANES) {
         const int64_t row = first + (by_lane ? fa_key_at(r, tile_rows) : r);
-        int64_t at = row < limit && !rows.skips(row) ? rows.at(row) : -1;
-        float scale = at >= 0 && rows.scale ? fa_scale_at(rows.a, rows.s, rows.scale, rows.head, row) : 1;
-        for (int c = threadIdx.x % LANES; c < width; c += LANES) {
-            T x = fa_from<T>(0);
-            if (at >= 0 && c0 + c < d) {
-                int64_t element = at + (c0 + c) * t->stride[3];
-                if (t->dtype == fa_type<T>::dtype)
-                    x = ((const T *)t->data)[element];
-                else
-                    x = fa_from<T>((float)fa_load(t->data, t->dtype, element) * scale);
-            }
-            sTile[r * ld + c] = x;
+        const int64_t at = row < limit && !rows.skips(row) ? rows.at(row) : -1;
+        const float scale = at >= 0 && rows.scale ? fa_scale_at(rows.a, rows.s, rows.scale, rows.head, row) : 1;
+#pragma unroll 1
+        for (int c = threadIdx.x % LANES * vec; c < width; c += LANES * vec) {
+            T *to = sTile + r * ld + c;
+            const bool inside = at >= 0 && c0 + c < d;
+            const int64_t element = inside ? at + (c0 + c) * t->stride[3] : 0;
+            if (rows.vectors)
+                ptx_cp_async(to, (const T *)t->data + element, inside ? 16 : 0);
+            else if (!inside)
+                *to = fa_from<T>(0);
+            else if (t->dtype == fa_type<T>::dtype)
+                *to = ((const T *)t->data)[element];
+            else
+                *to = fa_from<T>((float)fa_load(t->data, t->dtype, element) * scale);
         }
     }
 }
@@ -125,7 +129,7 @@ __device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_row
 {
     constexpr int VEC = 16 / (int)sizeof(T), LANES = 8;
     if (!rows.vectors) {
-        fa_load_elements(sTile, ld, ROWS, THREADS, rows, first, limit, c0, width, false);
+        fa_load_any(sTile, ld, ROWS, THREADS, rows, first, limit, c0, width, false);
         return;
     }
     const fa_tensor *t = rows.t;
@@ -240,25 +244,22 @@ template <> __device__ __forceinline__ bool fa_is_wild(__nv_bfloat16 x)
 template <typename T, int ROWS, int THREADS>
 __device__ static bool fa_find_wild(const T *sTile, int ld, int width, uint32_t *sWild)
 {
-    constexpr int LANES = 8, VEC = 16 / (int)sizeof(T);
+    constexpr int LANES = 8;
     bool found = false;
-    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES)
-        for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC)
-#pragma unroll
-            for (int i = 0; i < VEC; i++)
-                found |= fa_is_wild(sTile[r * ld + c + i]);
-    if (!__syncthreads_or(found))
-        return false;
     if (threadIdx.x < (ROWS + 31) / 32)
         sWild[threadIdx.x] = 0;
     __syncthreads();
-    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES)
-        for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC)
-            for (int i = 0; i < VEC; i++)
-                if (fa_is_wild(sTile[r * ld + c + i]))
-                    atomicOr(&sWild[r / 32], 1u << (r % 32));
-    __syncthreads();
-    return true;
+#pragma unroll 1
+    for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES) {
+        bool wild = false;
+#pragma unroll 4
+        for (int c = threadIdx.x % LANES; c < width; c += LANES)
+            wild |= fa_is_wild(sTile[r * ld + c]);
+        if (wild)
+            atomicOr(&sWild[r / 32], 1u << (r % 32));
+        found |= wild;
+    }
+    return __syncthreads_or(found);
 }
 
 /* the rows marked in sWild <- 0; the block must meet before they are read */
@@ -266,8 +267,10 @@ template <typename T, int ROWS, int THREADS>
 __device__ static void fa_clear_wild(T *sTile, int ld, int width, const uint32_t *sWild)
 {
     constexpr int LANES = 8;
+#pragma unroll 1
     for (int r = threadIdx.x / LANES; r < ROWS; r += THREADS / LANES)
         if (sWild[r / 32] >> (r % 32) & 1)
+#pragma unroll 1
             for (int c = threadIdx.x % LANES; c < width; c += LANES)
                 sTile[r * ld + c] = fa_from<T>(0);
 }
