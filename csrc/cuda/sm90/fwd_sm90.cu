@@ -155,8 +155,8 @@ static void fill_mask(fa_fwd_sm90_mod_params *p, const fa_tensor *m)
     p->heads_outside = m->data && m->size[0] == 1 && m->size[1] > 1;
 }
 
-/* tanh x = x P(x^2) to 1.2e-6 for |x| <= 0.4, which is 1e-4 of a score, and of its weight, with a cap of 80; with larger
- * ones, to 5e-8 for |x| <= 1/4, and to 1.4e-6 of small scores. */
+/* tanh x = x P(x^2) to 1.2e-6 for |x| <= 0.4, which is 1e-4 of a score, and of its weight, with a cap of 80; with
+ * larger ones, to 5e-8 for |x| <= 1/4, and to 1.4e-6 of small scores. */
 static void fill_softcap(fa_fwd_sm90_mod_params *p, const fa_args *a)
 {
     static const double wide[] = {0.9999788324, -0.3322542888, 0.1194240851};

@@ -136,8 +136,8 @@ template <int R> __device__ __forceinline__ void fa_clear_rows(float (&s)[R], co
         s[e] = first + e / 2 % 2 * 8 < t.q_len ? s[e] : 0.f;
 }
 
-/* Do these 64 queries see all keys of the block, but for masks, and is the warp not ragged? What the list says is said of
- * all queries of the tile. */
+/* Do these 64 queries see all keys of the block, but for masks, and is the warp not ragged? What the list says is said
+ * of all queries of the tile. */
 template <class C>
 __device__ __forceinline__ bool fa_is_full(const fa_fwd_sm90_mod_params &p, fa_consumer<C> &c, const fa_mod_tile &t,
                                            int row, int key, bool fresh, const fa_mod_block &m)
@@ -507,8 +507,8 @@ __device__ __forceinline__ void fa_consume_listed(const fa_fwd_sm90_mod_params &
     fa_look_up<C>(sh, c);
     while (!(c.what & FA_END)) {
         const int place = c.what / FA_PLACE;
-        fa_next_block<C>(p, sh, c, sh.tiles[place], c.block, done < 0, c.what & FA_FRESH, c.what & FA_LAST, done, s, w, o,
-                         r);
+        const bool fresh = c.what & FA_FRESH, last = c.what & FA_LAST;
+        fa_next_block<C>(p, sh, c, sh.tiles[place], c.block, done < 0, fresh, last, done, s, w, o, r);
         done = place;
     }
     if (done < 0)

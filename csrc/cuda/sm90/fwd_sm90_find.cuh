@@ -1,5 +1,5 @@
-/* The two warps of the Hopper forward kernel that help the thread that loads, in the instances with lengths and options:
- * one finds tiles, ahead of need, one clears rows of V. */
+/* The two warps of the Hopper forward kernel that help the thread that loads, in the instances with lengths and
+ * options: one finds tiles, ahead of need, one clears rows of V. */
 #ifndef FA_FWD_SM90_FIND_CUH
 #define FA_FWD_SM90_FIND_CUH
 
@@ -26,8 +26,8 @@ __device__ __forceinline__ void fa_mod_fill_blind(const fa_fwd_sm90_mod_params &
         lse[row] = row < t.q_len && p.a.sinks.data ? t.sink * 0.693147180559945f : -INFINITY;
 }
 
-/* With other options, of the blocks that a padding mask hides as a whole those at the ends are left out. All lanes read a
- * part of its row. */
+/* With other options, of the blocks that a padding mask hides as a whole those at the ends are left out. All lanes
+ * read a part of its row. */
 template <int BN> __device__ __forceinline__ void fa_mod_narrow(const fa_fwd_sm90_mod_params &p, fa_mod_tile *t)
 {
     const uint8_t *row = (const uint8_t *)p.a.mask.data + t->n * p.mask[0] + t->h * p.mask[1];

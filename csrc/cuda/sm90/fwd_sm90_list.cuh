@@ -1,15 +1,14 @@
-/* Which blocks of keys a tile of the Hopper forward kernel is computed against, where that is more than a range: the warp
- * that finds tiles lists the blocks that hold a key which a padding mask (a bool mask, the same for all queries of a
- * head) lets through, with the mask as bits, and all other warps go by the list. What is hidden as a whole costs nothing
- * wherever it lies, and what is seen as a whole costs what it does without a mask.
+/* Which blocks of keys a tile of the Hopper forward kernel is computed against, where that is more than a range: the
+ * warp that finds tiles lists the blocks that hold a key which a padding mask (a bool mask, the same for all queries
+ * of a head) lets through, with the mask as bits, and all other warps go by the list. What is hidden as a whole costs
+ * nothing wherever it lies, and what is seen as a whole costs what it does without a mask.
  *
  *   warp that finds tiles    a tile into the ring of tiles, its blocks into the ring of listed blocks, ahead of need
  *   thread that loads        K and V of the listed blocks, one after the other
  *   warps that compute       look up which block is next while products of the one before run
  *
  * A place in the list is free again when K of the block behind has been released, and rows of V are cleared where they
- * must be.
- */
+ * must be. */
 #ifndef FA_FWD_SM90_LIST_CUH
 #define FA_FWD_SM90_LIST_CUH
 
@@ -29,7 +28,7 @@ struct alignas(16) fa_listed {
 enum {
     FA_FRESH = 1,  /* the first of its tile */
     FA_LAST = 2,
-    FA_EDGE = 4,   /* some query of the tile does not see some of its keys, or the tile has ragged warps: fwd_sm90.cuh */
+    FA_EDGE = 4,   /* some query of the tile does not see some of its keys, or a warp is ragged: fwd_sm90.cuh */
     FA_MIXED = 8,  /* the mask hides some of its keys */
     FA_END = 16,   /* there are no more blocks */
     FA_PLACE = 32,
@@ -99,8 +98,8 @@ __device__ __forceinline__ fa_inner fa_inner_of(const fa_fwd_sm90_mod_params &p,
     return {t.row + C::BM - 1 + t.lo_shift, ragged ? -1 : min(t.k_len, t.row + t.hi_shift) - C::BN};
 }
 
-/* Block `turn` of a tile: from the last to the first, but with an ALiBi that falls with the distance first those from the
- * last query on to the end, then those before it, so that maxima do not climb from block to block. */
+/* Block `turn` of a tile: from the last to the first, but with an ALiBi that falls with the distance first those from
+ * the last query on to the end, then those before it, so that maxima do not climb from block to block. */
 template <class C> __device__ __forceinline__ int fa_block_in_turn(const fa_mod_tile &t, int turn)
 {
     const int last = t.block_hi - 1;

@@ -259,15 +259,15 @@ __device__ __forceinline__ float fa_tanh(float x)
     return fmaf(-2.f, fa_reciprocal(1.f + fa_exp2(2 * FA_LOG2E * x)), 1.f);
 }
 
-/* Softcap of a small score s is s times this, z being s * s: the special functions are left to the softmax. How small and
- * how exact: fill_softcap. */
+/* Softcap of a small score s is s times this, z being s * s: the special functions are left to the softmax. How small
+ * and how exact: fill_softcap. */
 __device__ __forceinline__ float fa_cap_factor(const fa_fwd_sm90_mod_params &p, float z)
 {
     return fmaf(fmaf(p.cap_terms[2], z, p.cap_terms[1]), z, p.cap_terms[0]);
 }
 
-/* Are all of the warp's small? As with most caps they are. top: the bits of the largest square of this thread's; they are
- * in the order of squares, and NaN is above all. */
+/* Are all of the warp's small? As with most caps they are. top: the bits of the largest square of this thread's; they
+ * are in the order of squares, and NaN is above all. */
 __device__ __forceinline__ bool fa_cap_is_far(const fa_fwd_sm90_mod_params &p, int top)
 {
     return __all_sync(0xffffffff, __int_as_float(top) <= p.cap_limit);
@@ -321,9 +321,9 @@ template <int BN> __device__ __forceinline__ bool fa_alibi_is_straight(const fa_
     return __all_sync(0xffffffff, ahead >= BN || ahead <= -16);
 }
 
-/* Does ALiBi raise scores from the blocks before to this one by so much that the maximum so far will not do? Most likely,
- * where a block's worth of slope is 4 powers of 2. Blocks come in the order of fa_block_in_turn (NEAR_FIRST), or from the
- * last to the first. */
+/* Does ALiBi raise scores from the blocks before to this one by so much that the maximum so far will not do? Most
+ * likely, where a block's worth of slope is 4 powers of 2. Blocks come in the order of fa_block_in_turn (NEAR_FIRST),
+ * or from the last to the first. */
 template <int BN, bool NEAR_FIRST>
 __device__ __forceinline__ bool fa_alibi_climbs(const fa_mod_tile &t, int row, int key)
 {

@@ -1,6 +1,6 @@
-/* The tiles of the Hopper forward kernel's instances with lengths and options: lengths and offsets lie in device memory,
- * so one warp of a block finds the next tile (fwd_sm90_find.cuh) and tells the other warps by a ring in shared memory,
- * ahead of their need. */
+/* The tiles of the Hopper forward kernel's instances with lengths and options: lengths and offsets lie in device
+ * memory, so one warp of a block finds the next tile (fwd_sm90_find.cuh) and tells the other warps by a ring in shared
+ * memory, ahead of their need. */
 #ifndef FA_FWD_SM90_TILES_CUH
 #define FA_FWD_SM90_TILES_CUH
 
