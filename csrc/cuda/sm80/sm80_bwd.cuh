@@ -325,7 +325,7 @@ __device__ __forceinline__ void fa_bwd_load(const fa_bwd_tiles<C> &sh, int stage
     using T = typename C::T;
     T *to = sh.column(stage, which);
     if (slowly)
-        fa_load_any(to, C::LDB / (int)sizeof(T), C::CN, C::THREADS, rows, first, limit, 0, C::DP, true);
+        fa_load_slowly(to, C::LDB / (int)sizeof(T), C::CN, C::THREADS, rows, first, limit, 0, C::DP, true);
     else
         tiles.template load<false>(ptx_shared(to), first, limit);
 }
@@ -338,7 +338,7 @@ __device__ __forceinline__ void fa_bwd_load_own(const fa_bwd_tiles<C> &sh, int w
     using T = typename C::T;
     constexpr int LD = C::LDB / (int)sizeof(T);
     if (SLOW)
-        fa_load_any(sh.row(which), LD, C::RM, C::THREADS, rows, first, limit, 0, C::DP, false);
+        fa_load_slowly(sh.row(which), LD, C::RM, C::THREADS, rows, first, limit, 0, C::DP, false);
     else
         fa_load_tile<T, C::RM, C::THREADS>(sh.row(which), LD, rows, first, limit, 0, C::DP);
 }

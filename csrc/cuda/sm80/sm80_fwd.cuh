@@ -218,7 +218,7 @@ __device__ __forceinline__ void fa_fwd_load_slowly(typename C::T *sTile, fa_load
                                                    int c0)
 {
     using T = typename C::T;
-    fa_load_any(sTile, fa_row_bytes<T>(WIDTH) / (int)sizeof(T), ROWS, C::THREADS, rows, first, limit, c0, WIDTH,
+    fa_load_slowly(sTile, fa_row_bytes<T>(WIDTH) / (int)sizeof(T), ROWS, C::THREADS, rows, first, limit, c0, WIDTH,
                 rows.keys);
 }
 

@@ -90,35 +90,38 @@ __host__ __device__ constexpr int fa_key_at(int r, int rows)
     return r % 8 / 2 * (rows / 4) + r / 8 * 2 + r % 2;
 }
 
-/* fa_load_tile, of any dtype and stride as well, and with rows in the order of fa_key_at where by_lane. Not inlined, so
- * that the common way keeps its registers, and not unrolled, so that it compiles fast. */
+/* fa_load_tile element by element, rows in the order of fa_key_at where by_lane */
 template <typename T>
-__device__ __noinline__ void fa_load_any(T *sTile, int ld, int tile_rows, int threads, fa_load_rows rows, int64_t first,
-                                         int64_t limit, int c0, int width, bool by_lane)
+__device__ __forceinline__ void fa_copy_elements(T *sTile, int ld, int tile_rows, int threads, const fa_load_rows &rows,
+                                                 int64_t first, int64_t limit, int c0, int width, bool by_lane)
 {
     constexpr int LANES = 8;
     const fa_tensor *t = rows.t;
-    const int d = (int)t->size[3], vec = rows.vectors ? 16 / (int)sizeof(T) : 1;
-#pragma unroll 1
+    const int d = (int)t->size[3];
     for (int r = threadIdx.x / LANES; r < tile_rows; r += threads / LANES) {
         const int64_t row = first + (by_lane ? fa_key_at(r, tile_rows) : r);
-        const int64_t at = row < limit && !rows.skips(row) ? rows.at(row) : -1;
-        const float scale = at >= 0 && rows.scale ? fa_scale_at(rows.a, rows.s, rows.scale, rows.head, row) : 1;
-#pragma unroll 1
-        for (int c = threadIdx.x % LANES * vec; c < width; c += LANES * vec) {
-            T *to = sTile + r * ld + c;
-            const bool inside = at >= 0 && c0 + c < d;
-            const int64_t element = inside ? at + (c0 + c) * t->stride[3] : 0;
-            if (rows.vectors)
-                ptx_cp_async(to, (const T *)t->data + element, inside ? 16 : 0);
-            else if (!inside)
-                *to = fa_from<T>(0);
-            else if (t->dtype == fa_type<T>::dtype)
-                *to = ((const T *)t->data)[element];
-            else
-                *to = fa_from<T>((float)fa_load(t->data, t->dtype, element) * scale);
+        int64_t at = row < limit && !rows.skips(row) ? rows.at(row) : -1;
+        float scale = at >= 0 && rows.scale ? fa_scale_at(rows.a, rows.s, rows.scale, rows.head, row) : 1;
+        for (int c = threadIdx.x % LANES; c < width; c += LANES) {
+            T x = fa_from<T>(0);
+            if (at >= 0 && c0 + c < d) {
+                int64_t element = at + (c0 + c) * t->stride[3];
+                if (t->dtype == fa_type<T>::dtype)
+                    x = ((const T *)t->data)[element];
+                else
+                    x = fa_from<T>((float)fa_load(t->data, t->dtype, element) * scale);
+            }
+            sTile[r * ld + c] = x;
         }
     }
+}
+
+/* The same, not inlined, so that the common way keeps its registers. */
+template <typename T>
+__device__ __noinline__ void fa_load_elements(T *sTile, int ld, int tile_rows, int threads, fa_load_rows rows,
+                                              int64_t first, int64_t limit, int c0, int width, bool by_lane)
+{
+    fa_copy_elements(sTile, ld, tile_rows, threads, rows, first, limit, c0, width, by_lane);
 }
 
 /* sTile[r][c] <- columns c0 + c of the rows, c < width (a multiple of 16 bytes), r < ROWS. Elements past the end of a
@@ -129,7 +132,7 @@ __device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_row
 {
     constexpr int VEC = 16 / (int)sizeof(T), LANES = 8;
     if (!rows.vectors) {
-        fa_load_any(sTile, ld, ROWS, THREADS, rows, first, limit, c0, width, false);
+        fa_load_elements(sTile, ld, ROWS, THREADS, rows, first, limit, c0, width, false);
         return;
     }
     const fa_tensor *t = rows.t;
@@ -140,6 +143,30 @@ __device__ __forceinline__ void fa_load_tile(T *sTile, int ld, const fa_load_row
         for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC) {
             bool inside = at >= 0 && c0 + c < d;
             ptx_cp_async(sTile + r * ld + c, inside ? row + c0 + c : row, inside ? 16 : 0);
+        }
+    }
+}
+
+/* fa_load_tile where code that is short counts more than speed; rows in the order of fa_key_at where by_lane. It calls
+ * nothing that the common way calls: that would cost registers there. */
+template <typename T>
+__device__ __noinline__ void fa_load_slowly(T *sTile, int ld, int tile_rows, int threads, fa_load_rows rows,
+                                            int64_t first, int64_t limit, int c0, int width, bool by_lane)
+{
+    constexpr int VEC = 16 / (int)sizeof(T), LANES = 8;
+    if (!rows.vectors) {
+        fa_copy_elements(sTile, ld, tile_rows, threads, rows, first, limit, c0, width, by_lane);
+        return;
+    }
+#pragma unroll 1
+    for (int r = threadIdx.x / LANES; r < tile_rows; r += threads / LANES) {
+        const int64_t row = first + (by_lane ? fa_key_at(r, tile_rows) : r);
+        const int64_t at = row < limit && !rows.skips(row) ? rows.at(row) : -1;
+        const T *from = (const T *)rows.t->data + (at < 0 ? 0 : at);
+#pragma unroll 1
+        for (int c = threadIdx.x % LANES * VEC; c < width; c += LANES * VEC) {
+            const bool inside = at >= 0 && c0 + c < rows.t->size[3];
+            ptx_cp_async(sTile + r * ld + c, inside ? from + c0 + c : from, inside ? 16 : 0);
         }
     }
 }
