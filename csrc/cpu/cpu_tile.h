@@ -349,6 +349,10 @@ static inline void drop_lanes(float *w, vm dropped)
  * evaluation serves, a lane is one. */
 static inline void apply_dropout(float *w, const fa_lanes *l, const fa_args *a, int64_t k0, int nk)
 {
+    if (a->dropout_p >= 1) { /* also the few that no threshold of 16 bits drops */
+        memset(w, 0, (size_t)nk * BM * sizeof *w);
+        return;
+    }
     const int32_t threshold = (int32_t)fa_dropout_threshold(a->dropout_p);
     const vi even = vi_set1(threshold), odd = vi_set1((int32_t)((uint32_t)threshold << 16));
     vi first = vi_set1((int32_t)(a->first_batch * a->q.size[1]));

@@ -640,10 +640,10 @@ __device__ __forceinline__ void fa_bwd_load_keys(const fa_bwd_tiles<C> &sh, int 
 {
     const fa_args *a = &p.a;
     const int k_len = (int)seq->span.k_len;
-    fa_bwd_load(sh, stage, 0, from.k,
-                   fa_rows_k(a, seq, &a->k, &a->k_scale, from.hk, p.vectors & FA_VEC_K), j0, k_len, slowly);
-    fa_bwd_load(sh, stage, 1, from.v,
-                   fa_rows_k(a, seq, &a->v, &a->v_scale, from.hk, p.vectors & FA_VEC_V), j0, k_len, slowly);
+    fa_bwd_load(sh, stage, 0, from.k, fa_rows_k(a, seq, &a->k, &a->k_scale, from.hk, p.vectors & FA_VEC_K), j0, k_len,
+                slowly);
+    fa_bwd_load(sh, stage, 1, from.v, fa_rows_k(a, seq, &a->v, &a->v_scale, from.hk, p.vectors & FA_VEC_V), j0, k_len,
+                slowly);
     ptx_cp_async_commit();
 }
 

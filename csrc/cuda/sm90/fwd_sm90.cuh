@@ -61,7 +61,6 @@ template <class C> struct fa_consumer {
     fa_stage<FA_LISTED> ls;          /* place of the next block in the list, */
     uint32_t what;                   /* and what is written there */
     int block, row;
-    bool ragged;                     /* fa_is_ragged */
 };
 
 /* A warp says that it is done. */
@@ -167,8 +166,10 @@ __device__ __forceinline__ void fa_mask_block(const fa_fwd_sm90_mod_params &p, f
     if (!full)
         fa_hide_keys<C::BN>(s, row, key, t.k_len, t.lo_shift, t.hi_shift);
     if constexpr (C::LISTED) {
-        if (m.what & FA_MIXED)
+        if (m.what & FA_MIXED) {
             fa_hide_padding<C::BN>(s, fa_take_padding<C::BN>(sh.listed[m.place]));
+            __syncwarp(); /* all lanes have read it: K's place, released later, gives this one back too */
+        }
     }
 }
 

@@ -47,7 +47,7 @@ static fa_status refuse_driver(fa_error *err, const char *what, const char *name
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
 
-/* An instance on a device. */
+/* An instance on a device, in the context that the runtime uses there. */
 typedef struct prepared {
     const fa_sm90_instance *f;
     int device, processors;
@@ -105,8 +105,7 @@ fa_status fa_sm90_start(const fa_sm90_instance *f, int64_t blocks, const void *p
     CUresult e = launch(&config, known->function, arguments, NULL);
     if (e == CUDA_SUCCESS)
         return FA_OK;
-    snprintf(err->text, sizeof err->text, "%s: cuLaunchKernelEx returned %d", f->name, (int)e);
-    return FA_ERR_UNSUPPORTED;
+    return fa_sm90_refuse(err, f->name, cudaGetErrorString((cudaError_t)e)); /* the numbers are the same */
 }
 
 /* ---- tensor maps ------------------------------------------------------------------------------------------------- */
