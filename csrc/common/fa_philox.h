@@ -51,7 +51,7 @@ FA_HD static inline uint32_t fa_dropout_threshold(double p)
     return p <= 0 ? 0 : t < 1 ? 1 : t >= 65535.0 ? 65535u : (uint32_t)t;
 }
 
-/* What a kept weight is multiplied by, so that its expectation is the weight; 0 where all are dropped, 1 where none is. */
+/* What a kept weight is multiplied by, so that its expectation is the weight; 0 where all are dropped. */
 FA_HD static inline double fa_dropout_factor(double p)
 {
     return p < 1 ? 65536.0 / (65536.0 - fa_dropout_threshold(p)) : 0;
