@@ -44,7 +44,8 @@ FA_HD static inline fa_philox4 fa_philox(uint64_t seed, uint32_t c0, uint32_t c1
     return r;
 }
 
-/* p in [0, 1). The probability in force is this times 2^-16: p rounded to it, but neither 0 nor 1. p = 0: 0. */
+/* p in [0, 1]. The probability in force is this times 2^-16: p rounded to it, but neither 0 nor 1. p = 0: 0. p = 1 drops
+ * all by its factor. */
 FA_HD static inline uint32_t fa_dropout_threshold(double p)
 {
     double t = p * 65536.0 + 0.5;

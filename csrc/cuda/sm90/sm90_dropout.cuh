@@ -1,7 +1,7 @@
 /* Dropout's random numbers on Hopper (common/fa_philox.h): what the host prepares, and an evaluation.
  *
- * Two weights are compared at a time. x, 16 bits, is at least t, which is at most 2^15, where the sign of x + 2^15 - t is
- * set, or, if that exceeds 16 bits, that of x, which is the larger then: one instruction says it of both halves of a
+ * Two weights are compared at a time. x, 16 bits, is at least t, which is at most 2^15, where the sign of x + 2^15 - t
+ * is set, or, if that exceeds 16 bits, that of x, which is the larger then: one instruction says it of both halves of a
  * word. For a threshold above 2^15 all bits are the other way round: x is below t where ~x is at least 2^16 - t. */
 #ifndef FA_SM90_DROPOUT_CUH
 #define FA_SM90_DROPOUT_CUH
