@@ -373,7 +373,8 @@ def dropout_keep(seed, p, batch_heads, queries, keys):
 
 
 def dropout_factor(p):
-    """What dropout multiplies a kept weight by: 1 / (1 - p) with p as it is in force, a multiple of 2^-16."""
+    """What dropout multiplies a kept weight by: 1 / (1 - p) with p as it is in force, a multiple of 2^-16; 0 where p is
+    1, which keeps none."""
     return 65536 / (65536 - _threshold(p)) if p < 1.0 else 0.0
 
 

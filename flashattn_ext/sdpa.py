@@ -45,8 +45,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             added to the scaled scores, and differentiable. Read through its strides, never expanded, unless several
             batch dimensions are merged and it is broadcast over a part of them. Or a CausalBias of
             torch.nn.attention.bias.
-        dropout_p: probability in [0, 1] of dropping a weight, in steps of 2^-16; the seed comes from torch's default CPU
-            generator.
+        dropout_p: probability in [0, 1] of dropping a weight, in steps of 2^-16 (what lies between 0 and 1 becomes
+            neither of them); the seed comes from torch's default CPU generator.
         is_causal: query i sees keys 0..i, the top-left alignment. Not together with attn_mask.
         scale: factor of Q K^T, finite; None = 1 / sqrt(D).
         enable_gqa: lets HK and HV be divisors of HQ: query head h reads head h // (HQ / HK). Where HK != HV, both are

@@ -47,6 +47,7 @@ def test_quick_run_writes_a_table_json_markdown_and_a_plot(tmp_path):
     (["--peers", "nobody"], ["nobody", "sdpa"]),
     (["--rounds", "0"], ["0"]),
     (["--threads", "0"], ["0"]),
+    (["--op", "fwd"], ["unrecognized"]),
     (["--device", "tpu"], ["tpu", "cpu", "cuda"]),
     (["--device", "cuda", "--ops", "tiny"], ["--ops", "tiny", "mask_bwd", "host_grad"]),
     (["--device", "cuda", "--peers", "eager"], ["--peers", "eager", "cudnn", "fa3"]),

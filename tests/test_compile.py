@@ -234,8 +234,8 @@ def op_arguments(case, seed=None):
     right = 0 if options.get("is_causal") else right
     return (inputs.query, inputs.key, inputs.value, options.get("attn_mask"), options.get("sinks"),
             options.get("alibi_slopes"), options.get("q_seqlens"), options.get("kv_seqlens"), seed,
-            options.get("scale"),
-            options.get("softcap", 0.0), left, -1 if right is None else right, False, options.get("dropout_p", 0.0), False)
+            options.get("scale"), options.get("softcap", 0.0), left, -1 if right is None else right, False,
+            options.get("dropout_p", 0.0), False)
 
 
 OPCHECK = [
@@ -262,8 +262,8 @@ def test_opcheck_forward_plain(layout, is_causal):
     query, key, value = op_arguments(case)[:3]
     plain = torch.ops.flashattn_ext.forward_plain.default
     torch.library.opcheck(plain, (query, key, value, 0.3, is_causal, True, False))
-    out, _ = torch.ops.flashattn_ext.forward(query, key, value, *[None] * 6, 0.3, 0.0, -1, 0 if is_causal else -1, False,
-                                             0.0, False)
+    right = 0 if is_causal else -1
+    out, _ = torch.ops.flashattn_ext.forward(query, key, value, *[None] * 6, 0.3, 0.0, -1, right, False, 0.0, False)
     assert torch.equal(plain(query, key, value, 0.3, is_causal, True, False), out)
     with pytest.raises(RuntimeError, match="4 heads and key 2"):
         plain(query, key, value, 0.3, is_causal, False, False)

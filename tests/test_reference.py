@@ -167,7 +167,7 @@ def test_weights_are_dropped_independently(p):
                 pairs = z[:, down:, across:] * z[:, :512 - down, :512 - across]
                 assert abs(pairs.mean()) * math.sqrt(pairs.numel()) < 5, (down, across)
     for a, b in ((z[:-1], z[1:]), (z, fa.reference.dropout_keep(4, p, 16, 512, 512).double())):  # heads; seeds
-        assert abs((a * (b - b.mean())).mean()) * math.sqrt(a.numel()) < 5
+        assert abs((a * (b - b.mean())).mean() / b.std()) * math.sqrt(a.numel()) < 5
     for size in (16, 32):  # the sums of blocks spread as those of independent numbers do
         sums = z.unflatten(1, (-1, size)).unflatten(3, (-1, size)).sum((2, 4)) / size
         assert abs(sums.var() - 1) < 5 * math.sqrt((2 + (1 / (share * (1 - share)) - 6) / size**2) / sums.numel())

@@ -44,14 +44,15 @@ FA_HD static inline fa_philox4 fa_philox(uint64_t seed, uint32_t c0, uint32_t c1
     return r;
 }
 
-/* p in [0, 1). The probability in force is this times 2^-16: p rounded to it, but neither 0 nor 1. p = 0: 0. */
+/* p in [0, 1]. The probability in force is this times 2^-16: p rounded to it, but neither 0 nor 1. p = 0: 0. p = 1 drops
+ * all by its factor. */
 FA_HD static inline uint32_t fa_dropout_threshold(double p)
 {
     double t = p * 65536.0 + 0.5;
     return p <= 0 ? 0 : t < 1 ? 1 : t >= 65535.0 ? 65535u : (uint32_t)t;
 }
 
-/* What a kept weight is multiplied by, so that its expectation is the weight; 0 where all are dropped, 1 where none is. */
+/* What a kept weight is multiplied by, so that its expectation is the weight; 0 where all are dropped. */
 FA_HD static inline double fa_dropout_factor(double p)
 {
     return p < 1 ? 65536.0 / (65536.0 - fa_dropout_threshold(p)) : 0;

@@ -45,7 +45,6 @@ typedef struct fa_scalar_head {
 
 static inline fa_scalar_head fa_scalar_head_at(const fa_args *a, int64_t b, int64_t h)
 {
-    const double p = a->dropout_p;
     fa_scalar_head head = {
         .a = a,
         .b = b,
@@ -54,8 +53,8 @@ static inline fa_scalar_head fa_scalar_head_at(const fa_args *a, int64_t b, int6
         .span = fa_span_at(a, b),
         .alibi = a->alibi.data ? fa_load(a->alibi.data, a->alibi.dtype, fa_row_at(&a->alibi, b, h, 0)) : 0,
         .sink = a->sinks.data ? fa_load(a->sinks.data, a->sinks.dtype, fa_row_at(&a->sinks, b, h, 0)) : -INFINITY,
-        .threshold = p < 1 ? fa_dropout_threshold(p) : 0,
-        .keep_scale = fa_dropout_factor(p),
+        .threshold = fa_dropout_threshold(a->dropout_p),
+        .keep_scale = fa_dropout_factor(a->dropout_p),
     };
     return head;
 }

@@ -32,7 +32,7 @@ def parse_options(argv) -> argparse.Namespace:
     known = [peer.name for peer in who.all_peers()]
     on_request = {"cpu": "but flex", "cuda": "flex for the options only"}[device]
     parser = argparse.ArgumentParser(
-        prog="python -m flashattn_ext.bench",
+        prog="python -m flashattn_ext.bench", allow_abbrev=False,
         description="Compares attention implementations on this machine: interleaved rounds in one process, medians "
                     "with their spread, each result checked against float64 before it is timed.")
     parser.add_argument("--device", choices=tuple(PARTS), default="cpu",
@@ -158,8 +158,19 @@ def show(results, ceilings, found, timed, left_out, device) -> None:
         console.print(line, markup=False, highlight=False, style="dim")
 
 
+def failures(results, subject: peers.Peer) -> list[str]:
+    """A line for each case in which the compared peer gave a wrong result, or none though it does not refuse."""
+    lines = [f"WRONG RESULT: {result.case.name}" for result in results if result.wrong]
+    for result in results:
+        own = result.peers[subject.name]
+        if not own.times and not subject.refuses(result.case):
+            lines.append(f"NO RESULT: {result.case.name}: {own.skipped}")
+    return lines
+
+
 def main(argv=None) -> int:
-    """Exit status: 0; 1 if the compared implementation gave a wrong result; 2 for a wrong option or a missing build."""
+    """Exit status: 0; 1 if the compared implementation gave a wrong result, or none in a case that it does not refuse;
+    2 for a wrong option or a missing build."""
     args = parse_options(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -185,10 +196,10 @@ def main(argv=None) -> int:
     if args.plot:
         where = found["device"]["name"] if found["device"] else f"{found['cpu']}, {found['threads']} threads"
         report.plot(results, timed, args.plot, f"{where}, torch {found['torch']}")
-    wrong = [result.case.name for result in results if result.wrong]
-    for name in wrong:
-        print(f"WRONG RESULT: {name}", file=sys.stderr)
-    return 1 if wrong else 0
+    failed = failures(results, chosen[0])
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

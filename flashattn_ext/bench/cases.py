@@ -138,7 +138,8 @@ class Case:
 
     @property
     def scores(self) -> float:
-        """Pairs of a query and a key that it sees, over all query heads."""
+        """Pairs of a query and a key that it sees, over all query heads. A "random" mask, which hides one in five all
+        over, and "lower-right", which hides few of the last keys, count in full."""
         s = self.shape
         if self.lengths:
             return s.HQ * sum(n * (n + 1) / 2 if self.causal else n * n for n in self.lengths)

@@ -11,7 +11,11 @@ import torch
 from .cases import DTYPES, Case, Inputs
 
 LARGE = 1 << 22    # scores of a head from which one head is checked
-PEER_SLACK = 8.0  # a peer's error may be so many times the bar of ours before its times are left out
+BLOCK = 64         # rows that share a bar, or a few more
+# Units in the last place of the largest value that are forgiven: sums in float32 have more to round than the one
+# rounding of a half-precision result.
+UNITS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
+PEER_SLACK = 8.0   # a peer's error may be so many times the bar of ours before its times are left out
 
 
 def eager(query, key, value, mask=None, causal: bool = False, dropout: float = 0.0):
@@ -73,11 +77,19 @@ def _results(inputs: Inputs, dtype: torch.dtype, options: bool = False) -> list[
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.gradient.to(dtype))]
 
 
+def _by_block(x: torch.Tensor) -> torch.Tensor:
+    """(rows, 1): the largest of x (..., rows, n) in the block of each row."""
+    rows = x.movedim(-2, 0).flatten(1).amax(1)
+    blocks = rows.tensor_split(max(1, len(rows) // BLOCK))
+    return torch.cat([block.amax().expand(len(block)) for block in blocks])[:, None]
+
+
 class Reference:
     """What a case's inputs must give, and how far from it a result may be.
 
-    The bar: at most twice the error of eager attention in the same precision (without options), plus a few units in the
-    last place.
+    The bar of a block of rows: at most twice the largest error there of eager attention in the same precision (without
+    options), plus a few units in the last place of the largest value there. One bar for all rows would be that of the
+    largest: of causal attention those of the first row, which is a value, while later ones are means of many.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -95,11 +107,11 @@ class Reference:
         self.exact = [_results(corner, torch.float64, options=True) for _, _, corner in self.corners]
         plain = [_results(corner, torch.float64) for _, _, corner in self.corners] if inputs.options else self.exact
         rounded = [_results(corner, dtype) for _, _, corner in self.corners]
-        self.bars = []
-        for i in range(len(self.exact[0])):
-            largest = max(float(exact[i].abs().max()) for exact in self.exact)
-            error = max(float((own[i].double() - exact[i]).abs().max()) for own, exact in zip(rounded, plain))
-            self.bars.append(2 * error + 4 * torch.finfo(dtype).eps * largest)
+        units, least = UNITS[dtype] * torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        self.bars = []  # of each corner, of each result: (rows, 1)
+        for results in zip(self.exact, plain, rounded, strict=True):
+            self.bars.append([(2 * _by_block((own.double() - same).abs()) + units * _by_block(exact.abs())).clamp(least)
+                              for exact, same, own in zip(*results, strict=True)])
 
     def error(self, results: list[torch.Tensor]) -> float:
         """The largest error of results, in the order of _results, as a multiple of the bar: at most 1 is right."""
@@ -107,19 +119,19 @@ class Reference:
             return self._dropout_error(results[0])
         group = self.case.shape.HQ // self.case.shape.HK
         worst = 0.0
-        for (b, h, _), exact in zip(self.corners, self.exact):
+        for (b, h, _), exact, bars in zip(self.corners, self.exact, self.bars):
             heads, one = slice(h * group, (h + 1) * group), slice(h, h + 1)
-            for i, (result, bar) in enumerate(zip(results, self.bars, strict=True)):
+            for i, (result, bar) in enumerate(zip(results, bars, strict=True)):
                 part = result.detach()[b, one if i in (2, 3) else heads].double()
                 if self.case.lengths:
                     part = part[:, :, :exact[i].shape[2]]
                 wanted = exact[i]
                 if self.case.op == "multi" and part.shape[2] == 1:  # the last new token alone
-                    wanted = wanted[:, :, -1:]
+                    wanted, bar = wanted[:, :, -1:], bar[-1:]
                 if part.shape != wanted.shape:
                     return math.inf
-                error = float((part - wanted).abs().max())
-                worst = max(worst, error / bar if math.isfinite(error) else math.inf)
+                error = float(((part - wanted).abs() / bar).max())
+                worst = max(worst, error if math.isfinite(error) else math.inf)
         return worst
 
     def _dropout_error(self, out: torch.Tensor) -> float:

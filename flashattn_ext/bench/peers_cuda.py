@@ -15,6 +15,7 @@ from .peer_flex import FlexCuda
 from .peers import Ours, Own, Peer, TorchPeer, TorchSDPA, package_version, timed_part
 
 FA3_CONFIG = "fa3_fwd_config"
+OTHER_DIAGONAL = "causal from the bottom right where SQ is not SK"
 
 
 def no_device() -> str | None:
@@ -84,6 +85,12 @@ class TorchChoice(TorchSDPA):
         return case.host
 
 
+def _other_diagonal(case: Case) -> bool:
+    """Whether FlashAttention's own functions mean another diagonal: theirs ends in the last query and key, while ours
+    and that of torch's SDPA begins in the first."""
+    return case.causal and case.shape.SQ != case.shape.SK and not case.lengths
+
+
 class TorchVarlen(TorchPeer):
     """torch's packed sequences, which are FlashAttention-2; they have windows and lengths too."""
 
@@ -110,7 +117,7 @@ class TorchVarlen(TorchPeer):
             return "no windows in this torch"
         if case.shape.HQ != case.shape.HK and "enable_gqa" not in self.knows:
             return "as many key as query heads only, in this torch"
-        return None
+        return OTHER_DIAGONAL if _other_diagonal(case) else None
 
     def call(self, inputs: Inputs):
         batch, _, queries, _ = inputs.query.shape
@@ -166,11 +173,13 @@ class FlashAttention3(TorchPeer):
         if case.dtype == "f32" or (case.dtype == "f16" and "FLASHATTENTION_DISABLE_FP16" in off):
             return f"no {DTYPES[case.dtype]}".replace("torch.", "")
         if case.page or case.stored:
-            return "no pages in this build" if case.page else "no keys and values of another dtype"
+            return "not compared over pages" if case.page else "no keys and values of another dtype"
         if case.dropout or (case.mask and case.op != "multi"):
             return "no dropout" if case.dropout else "no masks"
         if case.option == "window" and "FLASHATTENTION_DISABLE_LOCAL" in off:
             return "no windows in this build"
+        if _other_diagonal(case):
+            return OTHER_DIAGONAL
         return f"no {case.option}" if case.option in ("sinks", "alibi") else None
 
     def open(self, case: Case, threads: int):

@@ -153,6 +153,10 @@ def _legend(results: list[Result], peers: dict[str, Peer], device: str) -> list[
         lines.append("x own: its speed over that of another way with this package: of a paged cache over one in one "
                      "piece; of a quantised cache over one in the query's dtype; of several new tokens over one"
                      + (packed if device == "cpu" else "."))
+    if device == "cuda":
+        lines.append("inputs: drawn as (B, H, S, D), which torch's backends get as they are; what wants tokens before "
+                     "heads, or packed tokens, has them laid out like that, untimed. In place of pages or quantised "
+                     "keys and values the backends get a cache in one piece in the query's dtype.")
     if any(result.case.dropout for result in results):
         lines.append("dropout: which weights are dropped is each peer's own affair, so of the output mean and variance "
                      "are checked, of gradients nothing.")
@@ -160,7 +164,7 @@ def _legend(results: list[Result], peers: dict[str, Peer], device: str) -> list[
 
 
 def notes(results: list[Result], peers: dict[str, Peer], device: str = "cpu") -> list[str]:
-    """What the columns mean, and why which peer is left out of how many cases."""
+    """What the columns mean, whose times are doubtful, and why which peer is left out of how many cases."""
     lines = _legend(results, peers, device)
     reasons: dict[str, dict[str, int]] = {}
     for result in results:
@@ -168,6 +172,9 @@ def notes(results: list[Result], peers: dict[str, Peer], device: str = "cpu") ->
             if sampled.skipped:
                 counts = reasons.setdefault(name, {})
                 counts[sampled.skipped] = counts.get(sampled.skipped, 0) + 1
+    waited = [result.case.name for result in results if result.waited]
+    if waited:
+        lines.append("The device may have waited for the host, so that times are too long, in: " + ", ".join(waited))
     for name, counts in reasons.items():
         lines.append(f"{peers[name].label} left out: " + "; ".join(f"{reason} ({n})" for reason, n in counts.items()))
     return lines
@@ -245,7 +252,8 @@ def as_json(results: list[Result], ceilings: Ceilings, found: dict) -> dict:
             "causal": case.causal, "mask": case.mask, "mask_gradient": case.mask_gradient, "option": case.option,
             "dropout": case.dropout, "page": case.page, "stored": case.stored, "lengths": case.lengths,
             "flops": case.flops, "bytes": case.bytes,
-            "rate": figure, "unit": unit, "share_of_ceiling": share, "wrong": result.wrong, "best_peer": best,
+            "rate": figure, "unit": unit, "share_of_ceiling": share, "wrong": result.wrong, "waited": result.waited,
+            "best_peer": best,
             "ratio_to_sdpa": _spread(result.ratio("sdpa")),
             "ratio_to_own": _spread(result.ratio(OWN)),
             "ratio_to_best": _spread(result.ratio(best)) if best else None,

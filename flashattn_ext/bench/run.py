@@ -42,6 +42,7 @@ class Result:
     case: Case
     peers: dict[str, Sampled]
     subject: str  # whose row it is: the first peer
+    waited: bool = False  # a GPU may have waited for the host within samples, whose times are too long then
 
     def ratio(self, of: str) -> list[float] | None:
         """Speed of the subject over that of a peer, round by round; None where one was not timed."""

@@ -25,26 +25,21 @@ HOST_CALLS = 100  # of a burst: fewer than the device's queue holds
 HOST_BURSTS = 5   # of a round, which gives the fastest
 
 
-class Turn:
-    """One peer's part of a case: bound to the inputs, and how many calls make a sample."""
+class Turn(run.Turn):
+    """The same on a device; a sample is queued, of as many calls as _time_device decides."""
 
     def __init__(self, peer: Peer, bind) -> None:
-        self.peer, self.bind = peer, bind
-        self.runs, self.repeats, self.calls = [], 1, 1
-
-    def take(self, inputs: list[Inputs]) -> None:
-        self.runs = [self.bind(one) for one in inputs]
+        super().__init__(peer, bind)
+        self.repeats = 1  # calls is how many one of the runs has
 
     def first_call(self):
-        """(what it returned, seconds taken), cold."""
         start = time.perf_counter()
-        value = self.runs[0]()
+        value, _ = super().first_call()
         torch.cuda.synchronize()
         return value, time.perf_counter() - start
 
     def warm_up(self) -> None:
-        for one in self.runs[1:]:
-            one()
+        """The first call was that."""
 
     def sample(self) -> tuple:
         """Queues the calls of a sample: the events before and after."""
@@ -84,19 +79,28 @@ def measure_case(case: Case, peers: list[Peer], rounds: int, seconds: float, see
     peers = [peer for peer in peers if peer.concerns(case)]
     try:
         return _measured(case, peers, rounds, time.perf_counter() + seconds, seed)
-    except torch.cuda.OutOfMemoryError:
-        left_out = {peer.name: Sampled(skipped="the device's memory is too small") for peer in peers}
-        return Result(case, left_out, peers[0].name)
+    except torch.cuda.OutOfMemoryError as error:
+        return Result(case, {peer.name: Sampled(skipped=str(error)) for peer in peers}, peers[0].name)
     finally:
         torch.cuda.empty_cache()
+
+
+def _within_memory(what: str, function, *arguments):
+    """What function returns; an error for want of memory says for what."""
+    try:
+        return function(*arguments)
+    except torch.cuda.OutOfMemoryError:
+        raise torch.cuda.OutOfMemoryError(f"the device's memory is too small for {what}") from None
 
 
 def _measured(case: Case, peers: list[Peer], rounds: int, deadline: float, seed: int) -> Result:
     generator = torch.Generator("cuda").manual_seed(seed)
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    inputs = [draw(case, generator) for _ in range(run.copies(case, cache))]
+    inputs = [_within_memory("the inputs", draw, case, generator) for _ in range(run.copies(case, cache))]
     result = Result(case, {}, peers[0].name)
     turns = _prepared(case, peers, inputs, result)
+    if not turns:
+        return result
     order = random.Random(seed)
     if case.host:
         _time_host(case, turns, rounds, order, result)
@@ -107,12 +111,13 @@ def _measured(case: Case, peers: list[Peer], rounds: int, deadline: float, seed:
 
 def _prepared(case: Case, peers: list[Peer], inputs: list[Inputs], result: Result) -> list[Turn]:
     """The turns of the peers that can be timed."""
-    reference = Reference(case, inputs[0])
+    reference = _within_memory("the check", Reference, case, inputs[0])
     kind = GraphTurn if case.bound == "memory" else Turn
     turns = []
     for peer in peers:
         sampled = result.peers[peer.name] = Sampled()
-        turn = run.prepare(peer, case, inputs, reference, sampled, peer is peers[0], math.inf, kind)
+        turn = _within_memory(peer.label, run.prepare, peer, case, inputs, reference, sampled, peer is peers[0],
+                              math.inf, kind)
         if turn is not None:
             turns.append(turn)
     return turns
@@ -130,6 +135,7 @@ def _time_device(turns: list[Turn], rounds: int, deadline: float, order: random.
         if not kept_busy and sleep < LONGEST_SLEEP:
             sleep *= 2
             continue
+        result.waited = result.waited or not kept_busy
         taken += 1
         for turn, seconds in zip(turns, times):
             result.peers[turn.peer.name].times.append(seconds)
@@ -138,7 +144,7 @@ def _time_device(turns: list[Turn], rounds: int, deadline: float, order: random.
 def _round(turns: list[Turn], sleep: int) -> tuple[bool, list[float]]:
     """(did the device sleep until all was queued, the seconds of a call of each)."""
     torch.cuda._sleep(sleep)
-    samples = [turn.sample() for turn in turns]
+    samples = [_within_memory(turn.peer.label, turn.sample) for turn in turns]
     kept_busy = not samples[0][0].query()
     torch.cuda.synchronize()
     return kept_busy, [turn.seconds(*sample) for turn, sample in zip(turns, samples)]
@@ -152,7 +158,8 @@ def _time_host(case: Case, turns: list[Turn], rounds: int, order: random.Random,
             for _ in range(HOST_BURSTS):
                 order.shuffle(turns)
                 for turn in turns:
-                    fastest[turn.peer.name] = min(fastest[turn.peer.name], _burst(turn.runs[0]))
+                    seconds = _within_memory(turn.peer.label, _burst, turn.runs[0])
+                    fastest[turn.peer.name] = min(fastest[turn.peer.name], seconds)
             for name, seconds in fastest.items():
                 result.peers[name].times.append(seconds)
 
@@ -166,7 +173,8 @@ def _burst(call) -> float:
 
 
 def measure_all(cases: list[Case], peers: list[Peer], rounds: int, seconds: float, on_case) -> tuple:
-    """As run.measure_all. What torch warns of a backend that cannot do a case is among the report's reasons."""
+    """As run.measure_all. What torch warns of a backend that cannot do a case is not shown: the reason that the report
+    gives is the error that follows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return run.measure_all(cases, peers, rounds, seconds, on_case, measure_case, ceilings_cuda.measure)

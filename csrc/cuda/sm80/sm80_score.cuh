@@ -1,8 +1,8 @@
 /* From products of queries and keys to scores: what options do to a tile of them; and dropout. Rows of the tile are
  * queries and columns keys, or with KEYS the other way round. A lane has MT times two rows, 16 m + g and + 8, and of
  * each the 2 NT columns that follow its first: columns 8n + 2t + e of the products are its columns 2n + e (fa_key_at).
- * So a row of a mask is read in vectors, and one evaluation of dropout's random numbers serves four of a lane's weights,
- * or eight where its columns are as many as 16.
+ * So a row of a mask is read in vectors, and one evaluation of dropout's random numbers serves four of a lane's
+ * weights, or eight where its columns are as many as 16.
  *
  * Scores are left as products where only 0 or -inf is added to them: then one multiply-add makes the exponent of each.
  * Else they are in nats. Either way weights are 2^(c (s - m)). */

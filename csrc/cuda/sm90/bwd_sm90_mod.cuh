@@ -198,8 +198,8 @@ __device__ __forceinline__ void fa_hide_by_bits(const uint64_t (&bits)[C::BM / 6
     }
 }
 
-/* Which weights dropout keeps. Two lanes with neighbouring keys share their evaluations, of which each serves one query of
- * the two that are neighbours: each draws those of one of them, for both, and they exchange signs. */
+/* Which weights dropout keeps. Two lanes with neighbouring keys share their evaluations, of which each serves one of two
+ * neighbouring queries: each lane draws those of one query, for both, and they exchange signs. */
 template <class C> struct fa_kept {
     static constexpr bool OFTEN = C::OPTIONS & FA_MOD_OFTEN;
     uint32_t bits[C::BM / 64]; /* of 64 queries; bit 8 (2 r + x) + 7 - c: query 8 c + x, key 8 r */

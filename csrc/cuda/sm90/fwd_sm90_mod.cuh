@@ -351,8 +351,9 @@ __device__ __forceinline__ void fa_fetch_columns(const fa_fwd_sm90_mod_params &p
     __syncwarp();
 }
 
-/* What the softmax does with its weights, 16 keys at a time: an evaluation serves eight of this thread's, a pair of columns
- * in two groups of 8, in both rows. ALONE: no other option, and not OFTEN; what its columns add lies in shared memory. */
+/* What the softmax does with its weights, 16 keys at a time: an evaluation serves eight of this thread's, a pair of
+ * columns in two groups of 8, in both rows. ALONE: no other option, and not OFTEN; what its columns add lies in shared
+ * memory. */
 template <bool ALONE> struct fa_dropping {
     const fa_sm90_dropout &d;
     uint32_t column, bh; /* of the first evaluation; ALONE: where it lies */
@@ -366,6 +367,7 @@ template <bool ALONE> struct fa_dropping {
         row = fa_draw_row(d, fa_dropout_row((uint32_t)at.row), bh);
     }
 
+    /* The weights of 16 keys wait for an evaluation of the 16 before, else the assembler puts all evaluations last. */
     __device__ __forceinline__ void tie(float &x, uint32_t kept) const
     {
         x = __uint_as_float(__float_as_uint(x) ^ kept & d.zero);

@@ -1,8 +1,8 @@
 /* Dropout's random numbers on Hopper (common/fa_philox.h): what the host prepares, and an evaluation.
  *
- * Two weights are compared at a time. x, 16 bits, is at least t, at most 2^15, where the sign of x + 2^15 - t is set, or, if
- * that exceeds 16 bits, that of x, which is the larger then: one instruction says it of both halves of a word. For a
- * threshold above 2^15 all bits are the other way round: x is below t where ~x is at least 2^16 - t. */
+ * Two weights are compared at a time. x, 16 bits, is at least t, which is at most 2^15, where the sign of x + 2^15 - t
+ * is set, or, if that exceeds 16 bits, that of x, which is the larger then: one instruction says it of both halves of a
+ * word. For a threshold above 2^15 all bits are the other way round: x is below t where ~x is at least 2^16 - t. */
 #ifndef FA_SM90_DROPOUT_CUH
 #define FA_SM90_DROPOUT_CUH
 
@@ -13,7 +13,7 @@ typedef struct fa_sm90_dropout {
     uint32_t flip;                      /* all ones where the threshold is above 2^15, else 0 */
     uint32_t lift;                      /* 2^15 - t in both halves */
     float factor;
-    uint32_t zero;
+    uint32_t zero; /* which the assembler does not know */
 } fa_sm90_dropout;
 
 /* Is the threshold above 2^15? */
@@ -60,8 +60,8 @@ __device__ __forceinline__ uint2 fa_draw_row(const fa_sm90_dropout &d, uint32_t 
     return make_uint2(fa_high(second) ^ d.keys[1][1], (uint32_t)second);
 }
 
-/* fa_philox from these, as signs: that of each half, with flip, says whether its weight is kept. OFTEN: flip may be other
- * than 0. */
+/* fa_philox from these, as signs: that of each half, with flip, says whether its weight is kept. OFTEN: flip may be
+ * other than 0. */
 template <bool OFTEN>
 __device__ __forceinline__ fa_philox4 fa_draw_signs(const fa_sm90_dropout &d, uint4 column, uint2 row)
 {

@@ -117,7 +117,7 @@ template <int BN, class Scores> __device__ __forceinline__ bool fa_raise_maximum
     return true;
 }
 
-/* No weight is dropped. */
+/* No weight is dropped. tie(x, kept) leaves x as it is; the assembler is to believe that it depends on kept. */
 struct fa_keeping {
     __device__ __forceinline__ void operator()(uint32_t (&kept)[4], int) const
     {
