@@ -570,6 +570,17 @@ def test_dropout_of_everything(SQ, dtype):
     assert all((x.grad == 0).all() for x in (query, key, value))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_of_everything_drops_what_is_infinite(dtype):
+    """So many weights that 16 random bits alone would keep some of them, times 0."""
+    query, key, value = tensors(1, 2, 300, 8, keys=300, dtype=getattr(torch, dtype))
+    value[:, :, ::3] = math.inf
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out = SDPA(*leaves, dropout_p=1.0)
+    assert (out == 0).all()
+    assert all((grad == 0).all() for grad in torch.autograd.grad(out, leaves, torch.ones_like(out)))
+
+
 def test_dropout_follows_torch_s_generator():
     query, key, value = tensors(B, H, 20, 8, keys=30)
     torch.manual_seed(3)
