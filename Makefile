@@ -15,7 +15,8 @@ DONE := $(VENV)/done
 SOURCES := setup.py pyproject.toml csrc/CMakeLists.txt \
   $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp csrc/*/*.in csrc/*/*.map csrc/*/*.cu csrc/*/*/*.cu*)
 # release: the kernels as they ship, built where setup.py then finds them; asan and tsan: the same checks and the fuzzer
-# under sanitizers. Where there is nvcc, the CUDA kernels are compiled too; their tests are those of the package, on a GPU.
+# under sanitizers. Where there is nvcc, the CUDA kernels are compiled too; their tests are those of the package, on a
+# GPU.
 PRESETS := release asan tsan
 
 .PHONY: demo test test-core test-package bench build clean

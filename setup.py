@@ -90,10 +90,10 @@ def build_core(version):
 
 
 def extensions():
-    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import include_paths, library_paths
 
     common = {
-        "include_dirs": [str(ROOT / "csrc"), str(CORE), *cpp_extension.include_paths()],
+        "include_dirs": [str(ROOT / "csrc"), str(CORE), *include_paths()],
         "extra_compile_args": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall"],
         "language": "c++",
     }
@@ -102,7 +102,7 @@ def extensions():
         OPS, [f"csrc/torch/torch_{part}.cpp" for part in ("ops", "varlen", "cache")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_objects=[str(CORE / "libfa.a")],
-        library_dirs=cpp_extension.library_paths(),
+        library_dirs=library_paths(),
         libraries=["torch_cpu", "c10", "dl"],
         extra_link_args=["-Wl,-soname,libflashattn_ext.so", f"-Wl,--version-script={exports}"],
         **common)
@@ -128,7 +128,7 @@ def build_command():
             if ext.name == OPS:  # what CMake found the CUDA kernels to need; empty without them
                 ext.extra_link_args += (CORE / "link.txt").read_text(encoding="utf-8").split()
             if ext.name == MODULE:
-                ext.library_dirs.append(os.path.dirname(self.get_ext_fullpath(OPS)))
+                ext.extra_link_args.append("-L" + os.path.dirname(self.get_ext_fullpath(OPS)))
             super().build_extension(ext)
 
         def get_ext_filename(self, ext_name):

@@ -82,7 +82,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             and not is_dynamo_compiling() and type(query) is type(key) is type(value) is Tensor
             and not _is_any_autocast_enabled() and not _transforms_active() and forward_ad._current_level < 0):
         try:
-            tf32 = query.dtype is torch.float32 and allows_tf32(query)
+            tf32 = query.dtype is torch.float32 and allows_tf32(query)  # its own first test: mostly it is not called
             if not (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
                 return _forward_plain(query, key, value, scale, is_causal, enable_gqa, tf32)
             if enable_gqa or query.shape[1] == key.shape[1]:

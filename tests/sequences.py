@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch import library
 
 import flashattn_ext as fa
 from compare import check, from_stored_output
@@ -16,6 +17,11 @@ QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def opcheck(op, args):
+    """torch's checks of a custom op, but those of gradients: these ops have none of their own."""
+    library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def offsets(lengths, dtype=torch.int32):

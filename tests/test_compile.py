@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch._dynamo.utils import counters
 from torch.nn.attention.bias import causal_lower_right
 
@@ -252,7 +253,7 @@ OPCHECK = [
 
 @pytest.mark.parametrize("case, seed", OPCHECK, ids=lambda x: x.id if isinstance(x, Case) else "")
 def test_opcheck_forward(case, seed):
-    torch.library.opcheck(torch.ops.flashattn_ext.forward.default, op_arguments(case, seed))
+    library.opcheck(torch.ops.flashattn_ext.forward.default, op_arguments(case, seed))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -261,7 +262,7 @@ def test_opcheck_forward_plain(layout, is_causal):
     case = Case(layout=layout, SQ=70, SK=70, HQ=4, HK=2)
     query, key, value = op_arguments(case)[:3]
     plain = torch.ops.flashattn_ext.forward_plain.default
-    torch.library.opcheck(plain, (query, key, value, 0.3, is_causal, True, False))
+    library.opcheck(plain, (query, key, value, 0.3, is_causal, True, False))
     right = 0 if is_causal else -1
     out, _ = torch.ops.flashattn_ext.forward(query, key, value, *[None] * 6, 0.3, 0.0, -1, right, False, 0.0, False)
     assert torch.equal(plain(query, key, value, 0.3, is_causal, True, False), out)
@@ -276,7 +277,7 @@ def test_opcheck_backward(case, seed):
     grad_out, grad_lse = upstream(case)
     needs = 7 | 8 * (arguments[3] is not None and arguments[3].is_floating_point()) | 16 * (arguments[4] is not None)
     for grad, bits in ((grad_lse.to(lse.dtype), needs), (None, 1), (None, 6)):
-        torch.library.opcheck(torch.ops.flashattn_ext.backward.default,
+        library.opcheck(torch.ops.flashattn_ext.backward.default,
                               (grad_out, grad, *arguments[:3], out, lse, *arguments[3:], bits))
 
 

@@ -7,8 +7,8 @@ import torch
 
 import flashattn_ext as fa
 from compare import check
-from sequences import (DTYPES, FLOATS, QUANTISED, dequantise, eager, name_of, normal, of_sequence, paginate, quantise,
-                       same_bits, turning)
+from sequences import (DTYPES, FLOATS, QUANTISED, dequantise, eager, name_of, normal, of_sequence, opcheck, paginate,
+                       quantise, same_bits, turning)
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -661,10 +661,6 @@ def test_export():
     model, exported = Model(step), torch.export.export(Model(step), args).module()
     assert torch.equal(exported(*args), model(*args))
     assert torch.equal(dict(exported.named_buffers())["k"], model.k) and not torch.equal(model.k, step.k)
-
-
-def opcheck(op, args):
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_opcheck():

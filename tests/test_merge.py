@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashattn_ext as fa
-from sequences import DTYPES, name_of, normal
+from sequences import DTYPES, name_of, normal, opcheck
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -172,8 +172,7 @@ def test_transforms_and_compiler():
 
 def test_opcheck():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        torch.library.opcheck(torch.ops.flashattn_ext.merge, parts(2, 3, 5, dtype=dtype), test_utils=(
-            "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+        opcheck(torch.ops.flashattn_ext.merge, parts(2, 3, 5, dtype=dtype))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 
 import flashattn_ext as fa
 from compare import unchanged
-from sequences import DTYPES, FLOATS, LSE, Packed, name_of, normal, offsets, paginate
+from sequences import DTYPES, FLOATS, LSE, Packed, name_of, normal, offsets, opcheck, paginate
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -428,10 +428,6 @@ def test_export():
     longer = Packed([7, 4], [7, 4], HQ=2)
     args = longer.q, longer.k, longer.v, longer.cu_q
     assert torch.equal(exported.module()(*args), Model()(*args))
-
-
-def opcheck(op, args):
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)

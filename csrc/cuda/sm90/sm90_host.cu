@@ -86,7 +86,7 @@ fa_status fa_sm90_prepare(const fa_sm90_instance *f, int *processors, fa_error *
 
 typedef CUresult launch_fn(const CUlaunchConfig *, CUfunction, void **, void **);
 
-/* Without the runtime between: of a short call that is 0.3 of 12 us. */
+/* Without the runtime between: alone that takes 0.1 to 0.5 us of 3 to 4 from a launch. */
 fa_status fa_sm90_start(const fa_sm90_instance *f, int64_t blocks, const void *params, cudaStream_t stream,
                         fa_error *err)
 {
