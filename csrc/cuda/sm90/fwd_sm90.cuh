@@ -328,7 +328,8 @@ __device__ __forceinline__ void fa_store_tile(const fa_fwd_sm90_mod_params &p, f
  *   O    += P_j+1 V_j+1   wait for S j; mask, maximum, exp2, row sums of S j
  *   (other warpgroup)     wait for O; round P_j; scale O where a maximum grew, or store O of the tile that is done
  *
- * start: of all blocks the first, before which there is none. */
+ * start: of all blocks the first, before which there is none. With options the assembler makes the wait for S j one for
+ * O as well (docs/kernels/fwd_sm90.md). */
 template <class C, class P, class Tile, class Done>
 __device__ __forceinline__ void fa_next_block(const P &p, fa_fwd_sm90_shared<C> &sh, fa_consumer<C> &c, const Tile &t,
                                               int block, bool start, bool fresh, bool last, const Done &done,
